@@ -1,0 +1,44 @@
+# make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
+# make test                                   all tests
+# make check                                  format, lint, types, tests
+# PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
+PYTHON ?= python3
+PIP_ARGS ?=
+DATA ?=
+FLAGS ?=
+BIN := .venv/bin
+# A host whose Python has a CUDA build of torch >= 2.11 keeps it; anywhere else constraints.txt decides.
+HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
+	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
+
+.PHONY: pretrain test check install clean
+.DELETE_ON_ERROR:
+
+pretrain: .venv/installed
+	$(BIN)/python tools/quickstart.py $(if $(DATA),--data $(DATA)) $(FLAGS)
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+check: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+install: .venv/installed-test
+
+.venv/constraints.txt: constraints.txt
+	$(PYTHON) -m venv $(if $(filter 1,$(HAS_CUDA_TORCH)),--system-site-packages) .venv
+	grep -v -E '$(if $(filter 1,$(HAS_CUDA_TORCH)),^(torch|triton)==,^$$)' constraints.txt > $@
+
+.venv/installed: .venv/constraints.txt setup.py pyproject.toml
+	$(BIN)/pip install $(PIP_ARGS) -q --disable-pip-version-check -c .venv/constraints.txt -e '.[hf]'
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install $(PIP_ARGS) -q --disable-pip-version-check -c .venv/constraints.txt -e '.[hf,test]'
+	touch $@
+
+clean:
+	rm -rf data/tiny data/own-* runs build *.egg-info

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+''':'
+# Pretrain Polyglot-Ko. This file is bash and Python at once: bash sees '' and ':' (a command that does nothing), runs these lines
+# and ends at exec; Python, which torchrun starts it with, sees one string up to the closing quotes and runs what follows.
+#   torchrun --nproc-per-node 8 examples/pretrain_polyglot_ko.sh [--config NAME_OR_YAML] [--flag value ..]
+#   bash examples/pretrain_polyglot_ko.sh [the same flags]         one rank a GPU, or NPROC ranks
+here="$(cd "$(dirname "$0")/.." && pwd)"
+[ -x "$here/.venv/bin/torchrun" ] && PATH="$here/.venv/bin:$PATH"
+gpus="$(nvidia-smi -L 2>/dev/null | wc -l)"
+exec torchrun --standalone --nproc-per-node "${NPROC:-$((gpus > 0 ? gpus : 1))}" "$0" "$@"
+'''
+from pathlib import Path
+
+from megapoly.train.main import main
+
+if __name__ == "__main__":
+    main(gpu_preset="polyglot-ko-1.3b", cpu_preset="polyglot-ko-tiny", corpus=Path(__file__).parent / "data")

@@ -1,0 +1,1 @@
+"""Step to disk and back, without pickle."""

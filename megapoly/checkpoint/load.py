@@ -1,0 +1,162 @@
+"""Finding and reading checkpoints."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
+from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
+from megapoly.config import SECTIONS, Config, ModelConfig, build
+from megapoly.errors import CheckpointError, ConfigError, RankError
+from megapoly.optim.sharded import ShardedAdamW
+
+_STEP = re.compile(r"step_[0-9]{8,}")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The step folder meant by a run, its checkpoints/ or a step folder itself; CheckpointError where there is none."""
+    path = Path(path)
+    for folder in (path, path / "checkpoints"):
+        pointer = folder / "latest"
+        if pointer.is_file():
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+            if not _STEP.fullmatch(name):
+                raise CheckpointError(f"{pointer}: '{name[:40]}' is no step folder's name (step_ and 8 digits)")
+            return folder / name
+    if (path / "metadata.json").is_file():
+        return path
+    raise CheckpointError(f"{path}: no checkpoint here (neither `latest` nor metadata.json); give a run or a step folder")
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """A checkpoint opened on one process: its configuration and its weights, whole tensor by whole tensor."""
+
+    folder: Path
+
+    @staticmethod
+    def open(path: str | Path) -> "CheckpointReader":
+        """Open a run, a checkpoints/ or a step folder; CheckpointError where it is none."""
+        reader = CheckpointReader(find_checkpoint(path))
+        _ = reader.config, reader.records
+        return reader
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """state.json, checked for the entries that everyone needs."""
+        state = read_json(self.folder / "state.json")
+        types = {"step": int, "samples": int, "vocab_size": int, "config": dict, "plan_fingerprint": str}
+        for key, kind in types.items():
+            if not isinstance(state, dict) or type(state.get(key)) is not kind:
+                raise CheckpointError(f"{self.folder / 'state.json'}: entry '{key}' is missing or no {kind.__name__}")
+        return state
+
+    @cached_property
+    def records(self) -> dict[str, TensorRecord]:
+        """All tensors, with their shapes and chunks."""
+        return read_records(self.folder)
+
+    @cached_property
+    def config(self) -> Config:
+        """The resolved configuration of the run that wrote it."""
+        tree = self.state["config"]
+        try:
+            return Config(**{name: build(cls, tree[name], name) for name, cls in SECTIONS.items()})
+        except (ConfigError, KeyError) as error:
+            raise CheckpointError(f"{self.folder / 'state.json'}: config: {error}") from None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state["step"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, without padding."""
+        return int(self.state["vocab_size"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters in training (the master weights on disk may be wider)."""
+        return torch.bfloat16 if self.state.get("dtype") == "bfloat16" else torch.float32
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer's file or folder, where it still exists."""
+        path = self.config.tokenizer.tokenizer_model
+        return Path(path) if path and Path(path).exists() else None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+        return [name.removeprefix("model.") for name in self.records if name.startswith("model.")]
+
+    def get(self, name: str) -> Tensor:
+        """A whole parameter in its training type, without padding rows."""
+        record = self.records.get(f"model.{name}")
+        if record is None:
+            raise CheckpointError(f"{self.folder}: no parameter '{name}'")
+        result = torch.empty(record.shape, dtype=record.dtype)
+        for chunk in record.chunks:
+            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            result[place] = ShardFile(self.folder / chunk.file).read(f"model.{name}", chunk, record.dtype)
+        return result.to(self.dtype)
+
+
+def check_same_model(
+    reader: CheckpointReader, m: ModelConfig, vocab_size: int, shapes: Iterable[tuple[str, tuple[int, ...]]]
+) -> None:
+    """Refuse a checkpoint of another model, naming the first option or parameter that differs, with both values.
+
+    `shapes` are the names and whole shapes of this run's parameters.
+    """
+    theirs = reader.config.model
+    for key in ModelConfig.__dataclass_fields__:
+        if key.startswith("init_") or key in ("scaled_output_init", "seq_length", "max_position_embeddings"):
+            continue
+        if getattr(theirs, key) != getattr(m, key):
+            raise CheckpointError(
+                f"{reader.folder}: the checkpoint is of another model: {key} is {getattr(theirs, key)} there "
+                f"and {getattr(m, key)} in this run"
+            )
+    if reader.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{reader.folder}: the checkpoint is of another model: vocab_size is {reader.vocab_size} there "
+            f"and {vocab_size} in this run"
+        )
+    for name, shape in shapes:
+        record = reader.records.get(f"model.{name}")
+        if record is None or record.shape != shape:
+            found = "missing" if record is None else f"{record.shape} there"
+            raise CheckpointError(f"{reader.folder}: parameter '{name}' is {found}, this run wants {shape}")
+
+
+def load_checkpoint(folder: Path, optimizer: ShardedAdamW, weights_only: bool = False) -> None:
+    """Read the state that this rank holds from a checkpoint of any layout; all ranks call it together.
+
+    With weights_only the moments stay as they are (zero). Raises RankError where this rank's part cannot be read.
+    """
+    state = training_state(optimizer)
+    wanted = pieces(optimizer.buffers, {"model": state["model"]} if weights_only else state, for_saving=False)
+    try:
+        reader = Reader(folder)
+        dcp.load(
+            {"pieces": torch.empty(0)},
+            storage_reader=reader,
+            planner=PieceLoadPlanner(wanted),
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointError as error:
+        raise RankError(str(error)) from None
+    except dcp.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise RankError(f"{folder}: cannot be loaded: {first}") from None
+    optimizer.refresh_params()

@@ -1,0 +1,121 @@
+"""Checks that config alone can answer; they run before any process group exists, so that every rank ends alike."""
+
+import math
+
+from megapoly.config import Config, ModelConfig
+from megapoly.errors import ConfigError
+
+
+def _positive(**values: int | float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} ({value}) must be positive")
+
+
+def check_model(m: ModelConfig) -> None:
+    """Refuse sizes that no transformer can have."""
+    _positive(
+        num_layers=m.num_layers, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups, kv_channels=m.kv_channels,
+        seq_length=m.seq_length, norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
+    )  # fmt: skip
+    if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
+        raise ConfigError(
+            f"num_attention_heads ({m.num_attention_heads}) must divide hidden_size ({m.hidden_size}), "
+            "or give kv_channels"
+        )
+    if m.num_attention_heads % m.num_kv_heads:
+        raise ConfigError(
+            f"num_query_groups ({m.num_kv_heads}) must divide num_attention_heads ({m.num_attention_heads})"
+        )
+    if m.max_positions < m.seq_length:
+        raise ConfigError(
+            f"max_position_embeddings ({m.max_positions}) must be at least seq_length ({m.seq_length})"
+        )
+    if m.position_embedding_type == "rope":
+        if not 0 < m.rotary_percent <= 1:
+            raise ConfigError(f"rotary_percent ({m.rotary_percent}) must lie in (0, 1]")
+        if m.rotary_dim % 2 or m.rotary_dim == 0:
+            raise ConfigError(
+                f"rotary_percent ({m.rotary_percent}) of head_dim ({m.head_dim}) gives {m.rotary_dim} channels; "
+                "it must give an even number of at least 2"
+            )
+
+
+def check_layout(cfg: Config, world_size: int) -> int:
+    """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
+    m, p, t = cfg.model, cfg.parallel, cfg.train
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    _positive(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    for name, size in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_kv_heads),
+                       ("ffn_hidden_size", m.ffn_size)):  # fmt: skip
+        if size % tp:
+            raise ConfigError(f"tensor_model_parallel_size ({tp}) must divide {name} ({size})")
+    if pp > m.num_layers:
+        raise ConfigError(f"pipeline_model_parallel_size ({pp}) must not exceed num_layers ({m.num_layers})")
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"tensor_model_parallel_size ({tp}) x pipeline_model_parallel_size ({pp}) = {tp * pp} "
+            f"must divide the world size ({world_size})"
+        )
+    if p.pipeline_layer_split is not None:
+        split = p.pipeline_layer_split
+        if len(split) != pp or sum(split) != m.num_layers or min(split) < 0:
+            raise ConfigError(
+                f"pipeline_layer_split {split} must name {pp} stages (pipeline_model_parallel_size) "
+                f"that sum to num_layers ({m.num_layers})"
+            )
+    if p.sequence_parallel and tp == 1:
+        raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
+    if p.sequence_parallel and (t.micro_batch_size * m.seq_length) % tp:
+        raise ConfigError(
+            f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
+            f"micro_batch_size x seq_length ({t.micro_batch_size * m.seq_length})"
+        )
+    dp = world_size // (tp * pp)
+    if t.global_batch_size % (t.micro_batch_size * dp):
+        raise ConfigError(
+            f"global_batch_size ({t.global_batch_size}) must be a multiple of micro_batch_size "
+            f"({t.micro_batch_size}) x data-parallel size ({dp}) = {t.micro_batch_size * dp}"
+        )
+    return dp
+
+
+def check_training(cfg: Config) -> None:
+    """Refuse batches, intervals and optimizer settings that cannot be meant."""
+    t, o, s = cfg.train, cfg.optimizer, cfg.schedule
+    _positive(
+        micro_batch_size=t.micro_batch_size, global_batch_size=t.global_batch_size, train_iters=t.train_iters,
+        train_samples=t.train_samples, exit_interval=t.exit_interval, eval_iters=t.eval_iters,
+        log_interval=cfg.logging.log_interval, peak_tflops=cfg.logging.peak_tflops, adam_eps=o.adam_eps,
+        distributed_timeout_minutes=cfg.parallel.distributed_timeout_minutes,
+        make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by, vocab_size=cfg.tokenizer.vocab_size,
+        lr_decay_iters=s.lr_decay_iters,
+    )  # fmt: skip
+    for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
+                        ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
+                        ("weight_decay", o.weight_decay), ("lr_warmup_init", s.lr_warmup_init)):  # fmt: skip
+        if value < 0 or not math.isfinite(value):
+            raise ConfigError(f"{name} ({value}) must not be negative")
+    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"{name} ({beta}) must lie in [0, 1)")
+    if s.min_lr > s.lr:
+        raise ConfigError(f"min_lr ({s.min_lr}) must not exceed lr ({s.lr})")
+    if not 0 <= t.seed < 2**63:
+        raise ConfigError(f"seed ({t.seed}) must lie in [0, 2^63)")
+    if cfg.checkpoint.finetune and cfg.checkpoint.load is None:
+        raise ConfigError("finetune needs load: the checkpoint whose weights to take")
+
+
+def check(cfg: Config, world_size: int) -> int:
+    """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
+    check_model(cfg.model)
+    check_training(cfg)
+    return check_layout(cfg, world_size)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """Rows of the embedding that training holds: a multiple of divisible_by x tp (Megatron-LM's rule)."""
+    multiple = divisible_by * tp
+    return (vocab_size + multiple - 1) // multiple * multiple

@@ -1,0 +1,1 @@
+"""From text to batches: the .bin/.idx format, preprocessing and the order of samples."""

@@ -1,0 +1,107 @@
+"""Which rank reads which sample, and the batches made of them.
+
+The order of samples is the plan's alone; a loader only deals each global batch out to micro-batches and data-parallel
+ranks, so that any number of ranks trains on the same batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megapoly.data.batch import Batch, batch_of
+from megapoly.data.curriculum import Plan
+from megapoly.data.indexed import TokenStream
+from megapoly.data.sampler import permute
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How a global batch is dealt out: micro_batch_size sequences at a time over dp_size ranks."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def positions(self, microbatch: int) -> range:
+        """Places of the global batch that this rank's micro-batch takes."""
+        begin = (microbatch * self.dp_size + self.dp_rank) * self.micro_batch_size
+        return range(begin, begin + self.micro_batch_size)
+
+
+class TrainLoader:
+    """Micro-batches of any step, by random access."""
+
+    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, num_samples: int) -> None:
+        self.plan, self.streams, self.deal, self.num_samples = plan, streams, deal, num_samples
+        self.sampler = plan.sampler()
+
+    def step(self, step: int) -> list[Batch]:
+        """Micro-batches of a step, counted from 1. The run's last batch may have places without a sample: masked."""
+        size, length = self.deal.global_batch_size, self.plan.block_length
+        first = (step - 1) * size
+        end = min(first + size, self.num_samples)
+        sources, _, offsets = self.sampler.samples(first, end)
+        batches = []
+        for microbatch in range(self.deal.num_microbatches):
+            # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took
+            # the same places could see one source only.
+            samples = [permute(place, size, step) for place in self.deal.positions(microbatch)]
+            pieces = [
+                self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
+                if i < end - first
+                else np.empty(0, dtype=np.int64)
+                for i in samples
+            ]
+            batches.append(batch_of(pieces, [int(sources[i]) if i < end - first else 0 for i in samples], length))
+        return batches
+
+
+class ValidLoader:
+    """The held-out text of all sources, every token once, in slices of the same length as in training."""
+
+    def __init__(
+        self, streams: Sequence[TokenStream | None], block_length: int, deal: Deal, max_batches: int | None
+    ) -> None:
+        self.streams, self.block_length, self.deal = streams, block_length, deal
+        slices = [
+            (source, begin)
+            for source, stream in enumerate(streams)
+            if stream is not None
+            for begin in range(0, stream.num_tokens - 1, block_length)
+        ]
+        if max_batches is not None and len(slices) > max_batches * deal.global_batch_size:
+            # Evenly spaced, so that every source keeps its part.
+            keep = np.linspace(0, len(slices) - 1, max_batches * deal.global_batch_size).astype(int)
+            slices = [slices[i] for i in keep]
+        self.slices = slices
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches of one evaluation."""
+        return -(-len(self.slices) // self.deal.global_batch_size)
+
+    def batch(self, number: int) -> list[Batch]:
+        """This rank's micro-batches of a global batch; places beyond the last slice are masked."""
+        batches = []
+        for microbatch in range(self.deal.num_microbatches):
+            pieces: list[NDArray[np.int64]] = []
+            sources = []
+            for place in self.deal.positions(microbatch):
+                i = number * self.deal.global_batch_size + place
+                source, begin = self.slices[i] if i < len(self.slices) else (0, None)
+                stream = self.streams[source]
+                if begin is None or stream is None:
+                    pieces.append(np.empty(0, dtype=np.int64))
+                else:
+                    pieces.append(stream.read(begin, min(begin + self.block_length + 1, stream.num_tokens)))
+                sources.append(source)
+            batches.append(batch_of(pieces, sources, self.block_length))
+        return batches

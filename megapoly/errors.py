@@ -1,0 +1,52 @@
+"""The mistakes of a user, and how a program ends on one: a single line that names the file, the value and the fix."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_STATUS = 2
+
+
+class MegapolyError(Exception):
+    """Bad input; the message is one line that says what is wrong, where, and what to do."""
+
+
+class ConfigError(MegapolyError):
+    """A configuration key, value or flag that cannot be used."""
+
+
+class DataError(MegapolyError):
+    """A dataset, corpus or JSONL file that is missing, damaged or does not fit."""
+
+
+class TokenizerError(MegapolyError):
+    """A tokenizer file that is missing, damaged or of another type than asked for."""
+
+
+class CheckpointError(MegapolyError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class RankError(MegapolyError):
+    """Bad input that one rank alone met (a damaged shard, say); that rank prints it whatever its number."""
+
+
+def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
+    """Wrap an entry point: a MegapolyError ends in one line on stderr and exit status 2, without a traceback.
+
+    `speaks` tells whether this process prints what all of its siblings find alike (under torchrun: local rank 0).
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            main(*args, **kwargs)
+        except MegapolyError as error:
+            if speaks() or isinstance(error, RankError):
+                print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            # os._exit: a half-built process group must not keep the worker alive in its destructors.
+            os._exit(EXIT_STATUS)
+
+    return wrapped

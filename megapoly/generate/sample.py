@@ -1,0 +1,50 @@
+"""Text from a checkpoint, on one process."""
+
+import torch
+from torch import Tensor
+
+from megapoly.checkpoint.load import CheckpointReader
+from megapoly.model.transformer import Transformer
+from megapoly.parallel.mesh import single_process_mesh
+from megapoly.parallel.stage import Stage
+from megapoly.parallel.tensor import sharded_parameters
+
+
+@torch.no_grad()
+def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> Transformer:
+    """The whole model of a checkpoint of any layout, in its training type, on one device."""
+    m = reader.config.model
+    mesh = single_process_mesh(device)
+    stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
+    model = Transformer(reader.config, reader.vocab_size, stage, mesh.tp, reader.dtype, mesh.device)
+    model.sequence_parallel = False
+    for name, parameter, shard in sharded_parameters(model):
+        parameter.zero_()
+        held = parameter if shard.dim is None else parameter.narrow(shard.dim, 0, shard.end - shard.begin)
+        held.copy_(reader.get(name))
+    return model
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, prompt: list[int], max_new_tokens: int, *, eod: int, temperature: float, top_k: int, seed: int
+) -> list[int]:
+    """Continue a prompt of token ids; stops at eod, which is not returned. Temperature 0 takes the likeliest token.
+
+    Every step runs the whole context (no key/value cache), which is cut to the model's longest sequence.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        context = torch.tensor([ids[-model.m.max_positions :]], device=model.head_weight.device)
+        logits_V: Tensor = model.logits(model(context))[-1, : model.vocab_size].float().cpu()
+        if temperature == 0:
+            following = int(logits_V.argmax())
+        else:
+            top = torch.topk(logits_V / temperature, min(top_k, len(logits_V)))
+            choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+            following = int(top.indices[choice])
+        if following == eod:
+            break
+        ids.append(following)
+    return ids[len(prompt) :]

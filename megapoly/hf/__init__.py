@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: the names and shapes of three model classes, and the files of an export."""

@@ -1,0 +1,37 @@
+"""LayerNorm and RMSNorm as modules over the fused operations."""
+
+import torch
+from megapoly_kernels import layer_norm, rms_norm
+from torch import Tensor, nn
+
+from megapoly.config import ModelConfig
+from megapoly.parallel.mesh import Axis
+from megapoly.parallel.tensor import sharded_parameter
+
+
+class Norm(nn.Module):
+    """Adds a branch to the residual stream and normalises the sum; parameters are whole on every rank.
+
+    Under sequence parallel a rank sees only its tokens, so that its gradient is a part of the sum over the axis.
+    """
+
+    def __init__(
+        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps = m.norm_epsilon
+        shape = (m.hidden_size,)
+        self.weight = sharded_parameter(
+            shape, None, tp, "ones", is_partial=sequence_parallel, dtype=dtype, device=device
+        )
+        self.bias: nn.Parameter | None = None
+        if m.normalization == "LayerNorm":
+            self.bias = sharded_parameter(
+                shape, None, tp, "zeros", is_partial=sequence_parallel, dtype=dtype, device=device
+            )
+
+    def forward(self, branch_tH: Tensor | None, residual_tH: Tensor) -> tuple[Tensor, Tensor]:
+        """(branch or None, residual), both [tokens, hidden] -> (normed in the weights' type, new residual)."""
+        if self.bias is None:
+            return rms_norm(branch_tH, residual_tH, self.weight, self.eps)
+        return layer_norm(branch_tH, residual_tH, self.weight, self.bias, self.eps)

@@ -1,0 +1,109 @@
+"""The decoder-only transformer, or the part of it that one pipeline stage holds."""
+
+import torch
+import torch.nn.functional as F
+from megapoly_kernels import rotary_table
+from torch import Tensor, nn
+
+from megapoly.checks import padded_vocab_size
+from megapoly.config import Config, ModelConfig
+from megapoly.model.block import Block
+from megapoly.model.norm import Norm
+from megapoly.parallel.collectives import enter_tensor_parallel
+from megapoly.parallel.mesh import Axis
+from megapoly.parallel.stage import Stage
+from megapoly.parallel.tensor import ColumnParallelLinear, Shard, VocabParallelEmbedding, shard_of, sharded_parameter
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions, whole on every rank."""
+
+    def __init__(
+        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.weight = sharded_parameter(
+            (m.max_positions, m.hidden_size), None, tp, "normal",
+            is_partial=sequence_parallel, dtype=dtype, device=device,
+        )  # fmt: skip
+
+    def forward(self, positions_t: Tensor) -> Tensor:
+        """Positions [tokens] -> [tokens, hidden]."""
+        return F.embedding(positions_t, self.weight)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and head, as far as this stage has them.
+
+    Parameters have their global names (`layers.7.attention.qkv.weight` on whichever stage). A tied head on a later
+    stage than the embedding holds a copy of `embedding.word.weight`.
+    """
+
+    def __init__(
+        self, cfg: Config, vocab_size: int, stage: Stage, tp: Axis, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        m = cfg.model
+        self.m, self.tp, self.stage, self.vocab_size = m, tp, stage, vocab_size
+        self.sequence_parallel = cfg.parallel.sequence_parallel
+        self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else dtype
+        padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, tp.size)
+        kwargs = {"sequence_parallel": self.sequence_parallel, "dtype": dtype, "device": device}
+        self.embedding = nn.ModuleDict()
+        if stage.has_embedding or (stage.has_head and m.tied):
+            self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, tp, **kwargs)
+        if stage.has_embedding and m.position_embedding_type == "learned_absolute":
+            self.embedding["position"] = PositionEmbedding(m, tp, **kwargs)
+        self.layers = nn.ModuleDict({str(i): Block(m, tp, **kwargs) for i in stage.layers})
+        if stage.has_head:
+            self.final_norm = Norm(m, tp, **kwargs)
+            if not m.tied:
+                self.head = ColumnParallelLinear(
+                    (vocab_size, m.hidden_size), 0, tp, bias=False, padded=padded, dtype=dtype, device=device
+                )
+        self.table: tuple[Tensor, Tensor] | None = None
+        if m.rotary_dim:
+            table_device = "cpu" if device.type == "meta" else device
+            self.table = rotary_table(m.max_positions, m.rotary_dim, m.rotary_base, table_device)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """This rank's rows of the output matrix, [vocabulary rows, hidden]."""
+        weight = self.embedding["word"].weight if self.m.tied else self.head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def head_shard(self) -> Shard:
+        """Which rows of the vocabulary head_weight holds."""
+        return shard_of(self.head_weight)
+
+    def forward(self, tokens_BS: Tensor, hidden_tH: Tensor | None = None) -> Tensor:
+        """Run this stage: token ids [batch, sequence], on later stages also the residual stream received.
+
+        Returns the residual stream for the next stage, [tokens of this rank, hidden], or after the last block the
+        normed hidden states.
+        """
+        residual_tH = self._embed(tokens_BS) if hidden_tH is None else hidden_tH
+        branch_tH: Tensor | None = None
+        for block in self.layers.values():
+            branch_tH, residual_tH = block(branch_tH, residual_tH, tokens_BS.shape[0], self.table)
+        if self.stage.has_head:
+            normed_tH, _ = self.final_norm(branch_tH, residual_tH)
+            result: Tensor = normed_tH
+            return result
+        return residual_tH if branch_tH is None else residual_tH + branch_tH
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        hidden_tH: Tensor = self.embedding["word"](tokens_BS.flatten())
+        if "position" in self.embedding:
+            position_T = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(tokens_BS.shape[0])
+            if self.sequence_parallel:
+                position_T = position_T.chunk(self.tp.size)[self.tp.rank]
+            hidden_tH = hidden_tH + self.embedding["position"](position_T)
+        return hidden_tH.to(self.residual_dtype)
+
+    def logits(self, normed_tH: Tensor) -> Tensor:
+        """Normed hidden states -> this rank's columns of the logits, [all tokens, vocabulary rows of this shard]."""
+        normed_TH = enter_tensor_parallel(normed_tH, self.tp, self.sequence_parallel)
+        return F.linear(normed_TH, self.head_weight)

@@ -1,0 +1,1 @@
+"""Gradients to step: clipping, sharded AdamW, schedules."""

@@ -1,0 +1,1 @@
+"""The dimensions: mesh, collectives, tensor-parallel layers, pipeline, gradients."""

@@ -1,0 +1,149 @@
+"""Tensor-parallel layers (Shoeybi et al. 2019, arXiv 1909.08053): each rank holds a slice of every matrix.
+
+Capital letters in names are whole dimensions, lower-case letters this rank's share: weight_fH is a slice of weight_FH.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapoly.errors import ConfigError
+from megapoly.parallel.collectives import leave_tensor_parallel
+from megapoly.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where a rank's part of a parameter lies in the whole.
+
+    `shape` is the whole parameter without padding; along `dim` this rank holds entries `begin` to `end` of it, which
+    may be fewer than its tensor has rows (the rest is padding, zero for ever). `is_partial`: each tensor-parallel rank
+    has only a part of the gradient, to be summed over the axis. `init` is the name of the initial distribution.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None
+    begin: int
+    end: int
+    init: str
+    is_partial: bool = False
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First index of this part in every dimension of the whole."""
+        return tuple(self.begin if d == self.dim else 0 for d in range(len(self.shape)))
+
+
+def sharded_parameter(
+    shape: tuple[int, ...], dim: int | None, axis: Axis, init: str, *,
+    padded: int | None = None, is_partial: bool = False, dtype: torch.dtype, device: torch.device,
+) -> nn.Parameter:  # fmt: skip
+    """An empty parameter that holds this rank's part of `shape` along `dim`; `padded` is dim's size with padding."""
+    if dim is None:
+        shard = Shard(shape, None, 0, 0, init, is_partial)
+        local = shape
+    else:
+        whole = padded or shape[dim]
+        if whole % axis.size:
+            raise ConfigError(f"{axis.name} ({axis.size}) must divide a dimension of {whole}")
+        size = whole // axis.size
+        begin = min(axis.rank * size, shape[dim])
+        shard = Shard(shape, dim, begin, min(begin + size, shape[dim]), init, is_partial)
+        local = (*shape[:dim], size, *shape[dim + 1 :])
+    parameter = nn.Parameter(torch.empty(local, dtype=dtype, device=device))
+    parameter.shard = shard  # type: ignore[attr-defined]
+    return parameter
+
+
+def shard_of(parameter: nn.Parameter) -> Shard:
+    """The Shard that sharded_parameter gave to a parameter."""
+    shard: Shard = parameter.shard  # type: ignore[attr-defined]
+    return shard
+
+
+def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """(name, parameter, shard) of every parameter of a module; tied parameters come once."""
+    for name, parameter in module.named_parameters():
+        yield name, parameter, shard_of(parameter)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with W split by output features: the input is whole, the output is this rank's features.
+
+    `shape` is W's whole shape; all its dimensions but the last are output dimensions, and `dim` is the one that is
+    split. The bias is not added but left to the next fused operation where `skip_bias_add`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dim: int, axis: Axis, *,
+        bias: bool, dtype: torch.dtype, device: torch.device, init: str = "normal", padded: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weight = sharded_parameter(shape, dim, axis, init, padded=padded, dtype=dtype, device=device)
+        self.bias = (
+            sharded_parameter(shape[:-1], dim, axis, "zeros", padded=padded, dtype=dtype, device=device)
+            if bias
+            else None
+        )
+
+    def forward(self, x_TH: Tensor, skip_bias_add: bool = False) -> Tensor:
+        """x_TH [tokens, in], already entered into tensor parallelism -> [tokens, *local output dimensions]."""
+        bias = None if self.bias is None or skip_bias_add else self.bias.flatten()
+        y_Tf = F.linear(x_TH, self.weight.flatten(0, -2), bias)
+        return y_Tf.unflatten(-1, self.weight.shape[:-1])
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with W split by input features; the ranks' products are summed, the bias is added once.
+
+    Under sequence parallel the sum is scattered over tokens, and the bias gets only this rank's tokens' gradient.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, axis: Axis, *,
+        bias: bool, sequence_parallel: bool, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.axis, self.sequence_parallel = axis, sequence_parallel
+        self.weight = sharded_parameter(
+            (out_features, in_features), 1, axis, "output_normal", dtype=dtype, device=device
+        )
+        self.bias = (
+            sharded_parameter(
+                (out_features,), None, axis, "zeros", is_partial=sequence_parallel, dtype=dtype, device=device
+            )
+            if bias
+            else None
+        )
+
+    def forward(self, x_Tf: Tensor) -> Tensor:
+        """x_Tf [tokens, this rank's inputs] -> [tokens or this rank's tokens, out]."""
+        y_tH = leave_tensor_parallel(F.linear(x_Tf, self.weight), self.axis, self.sequence_parallel)
+        return y_tH if self.bias is None else y_tH + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the vocabulary split over ranks; each looks up its own and the sum completes the rest."""
+
+    def __init__(
+        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, axis: Axis, *,
+        sequence_parallel: bool, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.axis, self.sequence_parallel = axis, sequence_parallel
+        self.weight = sharded_parameter(
+            (vocab_size, hidden_size), 0, axis, "normal", padded=padded_vocab_size, dtype=dtype, device=device
+        )
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """Token ids [tokens] -> [tokens or this rank's tokens, hidden]."""
+        shard = shard_of(self.weight)
+        local_T = tokens_T - shard.begin
+        is_here_T = (local_T >= 0) & (local_T < shard.end - shard.begin)
+        rows_TH = F.embedding(torch.where(is_here_T, local_T, 0), self.weight) * is_here_T[:, None]
+        return leave_tensor_parallel(rows_TH, self.axis, self.sequence_parallel)
+
+

@@ -1,0 +1,148 @@
+"""One interface to SentencePiece and Hugging Face tokenizers, read from files alone."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from megapoly.errors import TokenizerError
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
+
+
+class Tokenizer(Protocol):
+    """What the rest of megapoly asks of a tokenizer: ids without special tokens, and the id that ends a document."""
+
+    tokenizer_type: str
+    path: str
+    vocab_size: int
+    eod: int
+    bos: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no special token is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control tokens of SentencePiece have none."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` (PolyLM, LLaMA 1 and 2). Control symbols spelled out in a text are plain text.
+
+    Raises TokenizerError where the file is missing, damaged or without an end-of-document piece.
+    """
+
+    tokenizer_type = "SentencePieceTokenizer"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        proto = _read(Path(path))
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            self._processor.encode("probe")  # an empty file parses as a model and fails only here
+        except (RuntimeError, ValueError):
+            other = "; it is JSON: give tokenizer_type HuggingFaceTokenizer" if proto.lstrip()[:1] == b"{" else ""
+            raise TokenizerError(f"{path}: no SentencePiece model or damaged{other or '; copy it again'}") from None
+        self.vocab_size: int = self._processor.get_piece_size()
+        pieces = {name: self._processor.piece_to_id(name) for name in (*EOD_NAMES, *BOS_NAMES)}
+        known = {name: id for name, id in pieces.items() if self._processor.id_to_piece(id) == name}
+        self.eod = _eod(path, self._processor.eos_id(), known)
+        bos = self._processor.bos_id()
+        self.bos: int | None = bos if bos >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, or a directory that has one, through the `tokenizers` library; no code is taken from it.
+
+    `eod` and `bos` are the eos_token and bos_token of tokenizer_config.json or special_tokens_map.json beside it, else
+    the usual names. As in `transformers`, a special token that is spelled out in a text becomes its id.
+    """
+
+    tokenizer_type = "HuggingFaceTokenizer"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        content = _read(file)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception, ValueError and its own panics alike
+            hint = "give tokenizer_type SentencePieceTokenizer" if file.suffix == ".model" else "copy it again"
+            reason = " ".join(str(error).split())[:120]
+            raise TokenizerError(f"{file}: no tokenizer.json or damaged ({reason}); {hint}") from None
+        # Files of sentence encoders carry truncation, which would silently cut documents.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise TokenizerError(f"{file}: has an empty vocabulary; copy it again")
+        self.vocab_size = max(vocab.values()) + 1
+        special = _special_tokens(file.parent)
+        self.eod = _eod(path, vocab.get(special.get("eos_token", ""), -1), vocab)
+        named = [special["bos_token"]] if "bos_token" in special else BOS_NAMES
+        self.bos = next((vocab[name] for name in named if name in vocab), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:
+    """Load SentencePieceTokenizer (a `.model`) or HuggingFaceTokenizer (`tokenizer.json` or its directory).
+
+    Raises TokenizerError for an unknown type, and for a file that is missing, damaged or of the other type.
+    """
+    if tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(tokenizer_model)
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(tokenizer_model)
+    raise TokenizerError(f"tokenizer_type '{tokenizer_type}' is unknown; known: {', '.join(TOKENIZER_TYPES)}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise TokenizerError(f"{path}: no such tokenizer file; set tokenizer_model") from None
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}; set tokenizer_model to a file") from None
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    """Names of special tokens (`eos_token`, ..) from the files that `transformers` writes beside a tokenizer.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            entries: Any = json.loads(_read(path))
+        except (ValueError, RecursionError) as error:
+            raise TokenizerError(f"{path}: not valid JSON ({error}); copy it again") from None
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            token = value.get("content") if isinstance(value, dict) else value
+            if key in ("eos_token", "bos_token") and isinstance(token, str):
+                found[key] = token
+    return found
+
+
+def _eod(path: str, eos: int, vocab: dict[str, int]) -> int:
+    if eos >= 0:
+        return eos
+    for name in EOD_NAMES:
+        if name in vocab:
+            return vocab[name]
+    raise TokenizerError(f"{path}: has no end-of-document token; it needs an eos_token or one of {' '.join(EOD_NAMES)}")

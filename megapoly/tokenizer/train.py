@@ -1,0 +1,222 @@
+"""Training tokenizers: SentencePiece as PolyLM has it, byte-level BPE as Polyglot-Ko has it, languages balanced."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megapoly.errors import TokenizerError
+from megapoly.tokenizer.load import Tokenizer
+
+# SentencePiece silently skips a sentence with a tab or U+2585 (its own marks) and one over max_sentence_length. Cut
+# at those and at line ends nothing is lost: such characters become byte pieces, <0x0A> for a newline as in LLaMA.
+_CUTS = re.compile("[\t\n\r\0\u2585]")
+_CHARACTERS_PER_SENTENCE = 4096
+_META_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
+_END_OF_TEXT = "<|endoftext|>"
+
+
+class VocabularyTooLarge(TokenizerError):
+    """The text has not enough to say for a vocabulary of the size asked for; `largest` is what it can fill."""
+
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    model_path: str,
+    vocab_size: int,
+    model_type: str = "bpe",
+    character_coverage: float = 0.9995,
+) -> None:
+    """Train a SentencePiece model the way of PolyLM (arXiv 2307.06018): byte fallback, single digits, no normalisation.
+
+    decode(encode(text)) == text for every text without U+2581, the mark for a space. `<unk>` is 0, `<s>` 1, `</s>` 2.
+    No space is put before a text: so `transformers.LlamaTokenizer` with add_prefix_space=False gives equal ids (bpe).
+    Equal texts give an equal file. Raises VocabularyTooLarge, or TokenizerError for an empty text.
+    """
+    if model_type not in ("bpe", "unigram"):
+        raise TokenizerError(f"model_type '{model_type}' is unknown; known: bpe, unigram")
+    if not 0.98 <= character_coverage <= 1:
+        raise TokenizerError(f"character_coverage ({character_coverage}) must lie in [0.98, 1]")
+    source = _Source(_sentences(texts))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(source),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=4 * _CHARACTERS_PER_SENTENCE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=16,  # a part of the file: the machine's own count would change its bytes
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        source.reraise()
+        raise _training_error(str(error), source.count, vocab_size) from None
+    source.reraise()
+    _write(Path(model_path), model.getvalue())
+
+
+def train_byte_level_bpe(
+    texts: Iterable[str], path: str, vocab_size: int, special_tokens: tuple[str, ...] = (_END_OF_TEXT,)
+) -> None:
+    """Train a byte-level BPE as of GPT-2 and Polyglot-Ko; `special_tokens` take the first ids.
+
+    `path` is a tokenizer.json, or a directory that then also gets tokenizer_config.json. Every text round-trips.
+    Raises VocabularyTooLarge, or TokenizerError for an empty text.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    smallest = len(alphabet) + len(special_tokens)
+    if vocab_size < smallest:
+        raise TokenizerError(f"vocab_size ({vocab_size}) must be at least {smallest}: the bytes and special tokens")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    source = _Source(texts)
+    tokenizer.train_from_iterator(iter(source), trainer)
+    source.reraise()
+    if not source.count:
+        raise TokenizerError("there is no text to train a tokenizer on; check the input files")
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size < vocab_size:
+        raise _too_large(vocab_size, size)
+    is_file = path.endswith(".json")
+    _write(Path(path) if is_file else Path(path) / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    if not is_file:
+        end = _END_OF_TEXT if _END_OF_TEXT in special_tokens else special_tokens[0]
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "add_prefix_space": False}
+        _write(Path(path) / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def balance_languages(
+    documents: Callable[[], Iterable[tuple[str, str]]], alpha: float = 0.5, max_bytes: int = 256 << 20
+) -> Iterator[str]:
+    """Texts of (language, text) documents, resampled so that language l has a share of bytes ~ (its bytes)^alpha.
+
+    `documents` is called twice, to count and to yield. Small languages are repeated and, below `max_bytes` in all, no
+    text is left out; the choice depends on the text alone. XLM-R (arXiv 1911.02116) has alpha 0.3; 1 changes nothing.
+    """
+    sizes: Counter[str] = Counter()
+    for language, text in documents():
+        sizes[language] += len(text.encode(errors="replace"))
+    repeats = {language: size ** (alpha - 1) for language, size in sizes.items() if size}
+    if not repeats:
+        return
+    least = min(repeats.values())
+    total = sum(sizes[language] * repeat / least for language, repeat in repeats.items())
+    scale = min(1.0, max_bytes / total) / least
+    for language, text in documents():
+        if text:
+            whole, part = divmod(repeats[language] * scale, 1.0)
+            digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+            for _ in range(int(whole) + (int.from_bytes(digest) < part * 2**64)):
+                yield text
+
+
+def character_coverage(characters: Counter[str], vocab_size: int) -> float:
+    """The largest share of characters, at most 0.9995, whose alphabet takes at most half of a vocabulary's free pieces.
+
+    In a small vocabulary of many languages rare Han characters would else leave no room for words. SentencePiece takes
+    nothing below 0.98.
+    """
+    room = max(1, (vocab_size - _META_PIECES) // 2)
+    covered = sum(count for _, count in characters.most_common(room))
+    total = sum(characters.values())
+    return max(0.98, min(0.9995, covered / total)) if total else 0.9995
+
+
+def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """UTF-8 bytes a token for each language of (language, text) documents, by name of language."""
+    sizes: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for language, text in documents:
+        sizes[language] += len(text.encode())
+        tokens[language] += len(tokenizer.encode(text))
+    return {language: sizes[language] / tokens[language] for language in sorted(sizes) if tokens[language]}
+
+
+class _Source:
+    """Counts texts and keeps the exception of an iterator that a trainer in C++ or Rust calls."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self._error: BaseException | None = None
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                self.count += 1
+                yield text
+        except Exception as error:
+            self._error = error
+
+    def reraise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in _CUTS.split(text):
+            for begin in range(0, len(line), _CHARACTERS_PER_SENTENCE):
+                yield line[begin : begin + _CHARACTERS_PER_SENTENCE]
+
+
+def _training_error(message: str, n_sentences: int, vocab_size: int) -> TokenizerError:
+    """SentencePiece's own words (a file and line of C++) as one line with a way out."""
+    if n_sentences == 0:
+        return TokenizerError("there is no text to train a tokenizer on; check the input files")
+    if match := re.search(r"value <= (\d+)", message):
+        return _too_large(vocab_size, int(match[1]))
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return TokenizerError(
+            f"vocab_size ({vocab_size}) must be at least {match[1]}: bytes, special tokens and the text's characters"
+        )
+    return TokenizerError(f"SentencePiece cannot train on this text: {' '.join(message.split())[:200]}")
+
+
+def _too_large(vocab_size: int, largest: int) -> VocabularyTooLarge:
+    return VocabularyTooLarge(
+        f"vocab_size ({vocab_size}) is too large for this text; the largest possible is {largest}", largest
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise TokenizerError(f"{path}: cannot be written: {error.strerror}") from None

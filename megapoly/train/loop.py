@@ -1,0 +1,105 @@
+"""The run: load, step, report, evaluate, save."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapoly.checkpoint.load import load_checkpoint
+from megapoly.checkpoint.save import save_checkpoint
+from megapoly.data.curriculum import describe
+from megapoly.log import duration
+from megapoly.model.count import flops_per_token, num_parameters
+from megapoly.train.metrics import Metrics, progress_line, say_validation
+from megapoly.train.setup import Run
+from megapoly.train.step import evaluate, train_step
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step."""
+
+    report: bool
+    evaluate: bool
+    save: bool
+    exit: bool
+
+    @staticmethod
+    def after(run: Run, step: int) -> "Due":
+        """From the intervals of the configuration; the last step does everything."""
+        train, is_last = run.cfg.train, step == run.prepared.num_steps
+
+        def every(interval: int | None) -> bool:
+            return bool(interval) and step % (interval or 1) == 0
+
+        leaves = every(train.exit_interval) and not is_last
+        saves = is_last or leaves or every(train.save_interval)
+        evaluates = bool(run.valid_loader.num_batches) and (is_last or every(train.eval_interval))
+        return Due(saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
+
+
+def train(run: Run) -> None:
+    """Train from the run's starting point to its end, or to exit_interval."""
+    cfg, prepared, console = run.cfg, run.prepared, run.console
+    introduce(run)
+    if prepared.checkpoint is not None:
+        load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=prepared.start_step == 0)
+        run.optimizer.num_steps = prepared.start_step
+    metrics = Metrics(run)
+    if run.valid_loader.num_batches and prepared.start_step == 0:
+        say_validation(console, metrics.validation(evaluate(run).tolist()))
+    seconds_per_step = 0.0
+    metrics.start_clock()
+    for step in range(prepared.start_step + 1, prepared.num_steps + 1):
+        metrics.add(step, train_step(run, step))
+        due = Due.after(run, step)
+        if due.report:
+            row = metrics.read()
+            seconds_per_step = 0.9 * seconds_per_step + 0.1 * row["seconds"] if seconds_per_step else row["seconds"]
+            left = duration(seconds_per_step * (prepared.num_steps - step))
+            console.progress(progress_line(run, row, left))
+            if due.evaluate:
+                row |= metrics.validation(evaluate(run).tolist())
+                say_validation(console, row)
+            metrics.write()
+            say_finished_stages(run, step)
+            if due.save:
+                assert cfg.checkpoint.save is not None
+                folder = save_checkpoint(Path(cfg.checkpoint.save), step, run.optimizer, run.checkpoint_state(step))
+                console.say(f"  saved {folder}")
+            metrics.start_clock()
+        if due.exit:
+            console.say(f"stopped after step {step} (exit_interval {cfg.train.exit_interval}); the same command goes on")
+            break
+    metrics.close()
+
+
+def introduce(run: Run) -> None:
+    """Say what is about to be trained, on what layout, and whether it starts or goes on."""
+    cfg, p, mesh = run.cfg, run.prepared, run.mesh
+    console = run.console
+    console.say(
+        f"model: {num_parameters(cfg.model, p.vocab_size):,} parameters, {cfg.model.num_layers} layers x "
+        f"{cfg.model.hidden_size}, vocabulary {p.vocab_size:,}, {str(run.buffers.params.dtype).removeprefix('torch.')}; "
+        f"{flops_per_token(cfg.model, p.vocab_size) / 1e9:.3g} GFLOP a token"
+    )
+    console.say(
+        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size} on {mesh.device.type}"
+        f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; layers per stage {run.layer_split}; "
+        f"batch {cfg.train.global_batch_size} x {cfg.model.seq_length} tokens"
+    )
+    console.say(describe(p.plan))
+    if p.start_step:
+        assert p.checkpoint is not None
+        console.say(f"resuming {cfg.logging.run_dir} from {p.checkpoint.folder} at step {p.start_step}/{p.num_steps}")
+    elif p.checkpoint is not None:
+        console.say(f"starting {cfg.logging.run_dir} anew with the weights of {p.checkpoint.folder}")
+    else:
+        console.say(f"starting {cfg.logging.run_dir} anew: {p.num_steps} steps, {p.num_samples:,} samples")
+
+
+def say_finished_stages(run: Run, step: int) -> None:
+    """At the end of a stage: the share that was realised, and how far it is from the plan in samples."""
+    plan, size = run.prepared.plan, run.cfg.train.global_batch_size
+    done = min(step * size, run.prepared.num_samples)
+    for stage in plan.stages:
+        if (step - 1) * size < stage.end_sample <= done:
+            run.console.say(f"  {plan.stage_report(stage)}")

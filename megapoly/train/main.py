@@ -1,0 +1,104 @@
+"""The entry point of every example: flags, checks, process group, run."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megapoly.cli import help_text, parse_flags, refuse_unknown
+from megapoly.config import Config, load_config, preset_names
+from megapoly.data.corpus import prepare_corpus
+from megapoly.data.curriculum import describe
+from megapoly.errors import ConfigError, exit_on_error
+from megapoly.model.count import flops_per_token, num_parameters
+from megapoly.parallel.mesh import init_mesh, leave, local_rank, world_size
+from megapoly.train.loop import train
+from megapoly.train.setup import Prepared, build_run, layer_split, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What a command line asks for."""
+
+    cfg: Config
+    name: str
+    is_dry_run: bool
+
+
+def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
+    """Read `[--config NAME_OR_YAML] [--dry-run] [--flag value ..]`; ConfigError for anything else."""
+    flags, rest = parse_flags(argv)
+    name, is_dry_run = None, False
+    while rest:
+        word = rest.pop(0)
+        if word == "--config" or word.startswith("--config="):
+            if "=" not in word and not rest:
+                raise ConfigError(f"flag --config needs a value: a YAML file or one of {', '.join(preset_names())}")
+            name = word.partition("=")[2] or rest.pop(0)
+        elif word == "--dry-run":
+            is_dry_run = True
+        elif word in ("-h", "--help"):
+            if local_rank() == 0:
+                print(help_text("usage: [--config NAME_OR_YAML] [--dry-run] [--flag value ..]"))
+            sys.exit(0)
+        else:
+            refuse_unknown([word], known=["config", "dry_run"])
+    if name is None:
+        name = gpu_preset if torch.cuda.is_available() else cpu_preset
+        if local_rank() == 0:
+            print(f"no --config given: {name} ({'CUDA is here' if torch.cuda.is_available() else 'no CUDA here'})")
+    return Invocation(load_config(name, flags), name, is_dry_run)
+
+
+def provide_corpus(asked: Invocation, corpus: Path) -> None:
+    """Prepare the corpus that ships with the examples where a `tiny` preset has not got its data yet."""
+    root = Path(asked.cfg.data.data_root)
+    is_tiny = asked.name.endswith("tiny") and root == Path("data/tiny")
+    if is_tiny and not (root / "manifest.json").is_file() and corpus.is_dir():
+        if local_rank() == 0:
+            print(f"preparing {corpus} for {root} (once)", flush=True)
+        prepare_corpus([str(path) for path in sorted(corpus.glob("*.jsonl"))], str(root))
+
+
+def dry_run(prepared: Prepared) -> None:
+    """Print the resolved configuration, counts, curriculum and memory."""
+    cfg, m = prepared.cfg, prepared.cfg.model
+    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    dp = world_size() // (tp * pp)
+    count = num_parameters(m, prepared.vocab_size)
+    split = layer_split(cfg, prepared.vocab_size, pp)
+    print(cfg.to_yaml())
+    print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
+    print(f"layout: TP {tp} x PP {pp} x DP {dp}; layers per stage {split}; {prepared.num_steps:,} steps")
+    width = 2 if cfg.precision.bf16 else 4
+    state = (width + 4 + (12 if width == 2 else 8) / dp) * count / (tp * pp)
+    print(f"memory a rank for parameters, fp32 gradients and optimizer state: about {state / 2**30:.2f} GiB")
+    print(describe(prepared.plan))
+
+
+def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; `gpu_preset` and `cpu_preset` stand in for a missing --config."""
+
+    def run_it() -> None:
+        asked = parse(sys.argv[1:] if argv is None else argv, gpu_preset, cpu_preset)
+        provide_corpus(asked, corpus)
+        prepared = prepare(asked.cfg, world_size(), torch.cuda.is_available())
+        if asked.is_dry_run:
+            if local_rank() == 0:
+                dry_run(prepared)
+            return
+        if prepared.is_resume and prepared.start_step >= prepared.num_steps:
+            if local_rank() == 0:
+                print(
+                    f"{prepared.cfg.logging.run_dir} is finished ({prepared.start_step} steps): nothing to do; "
+                    "give another --run-dir to start anew"
+                )
+            return
+        mesh = init_mesh(prepared.cfg.parallel)
+        run = build_run(prepared, mesh)
+        train(run)
+        leave(mesh)
+
+    exit_on_error(run_it, speaks=lambda: local_rank() == 0)()

@@ -1,0 +1,190 @@
+"""Records of a run: metrics.jsonl (one object a step), TensorBoard, and the line a person reads."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapoly.log import Console, duration
+from megapoly.model.count import flops_per_token
+from megapoly.train.setup import Run
+from megapoly.train.step import StepStats
+
+# Dense bf16 peaks of the vendors' data sheets, TFLOP/s, by a part of the device's name.
+PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "L40S": 362.0, "B200": 2250.0}
+
+
+def peak_tflops(run: Run) -> float | None:
+    """Peak of one device: as configured, else by the GPU's name, else unknown."""
+    if run.cfg.logging.peak_tflops is not None or run.mesh.device.type != "cuda":
+        return run.cfg.logging.peak_tflops
+    name = torch.cuda.get_device_name(run.mesh.device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with every number that is not finite as None, since JSON has no name for it."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def mean(losses: dict[str, float], tokens: dict[str, int], names: list[str]) -> float:
+    """Mean token loss over some sources, NaN where they had no token."""
+    count = sum(tokens.get(name, 0) for name in names)
+    return sum(losses[name] * tokens[name] for name in names if name in losses) / count if count else math.nan
+
+
+class Metrics:
+    """Collects steps without waiting for the device, and writes them when asked to; files on the main rank only."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.names = [source.name for source in run.cfg.data.sources]
+        self.non_english = [s.name for s in run.cfg.data.sources if s.is_non_english]
+        self.english = [s.name for s in run.cfg.data.sources if s.language == "en" and s.kind != "code"]
+        self.flops = flops_per_token(run.cfg.model, run.prepared.vocab_size)
+        self.peak = peak_tflops(run)
+        self._pending: list[tuple[int, StepStats]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._clock = time.perf_counter()
+        self._file = None
+        self._board = None
+        if run.mesh.is_main:
+            run_dir = Path(run.cfg.logging.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(run.cfg.to_yaml(), encoding="utf-8")
+            drop_rows_after(run_dir / "metrics.jsonl", run.prepared.start_step)
+            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            if run.cfg.logging.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.prepared.start_step + 1)
+
+    def start_clock(self) -> None:
+        """Begin to count the time of the steps that follow."""
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, stats: StepStats) -> None:
+        """Keep a step's statistics on the device."""
+        self._pending.append((step, stats))
+
+    def read(self) -> dict[str, Any]:
+        """Read the pending steps from the device; returns the last one's row, which may still be added to."""
+        values = [(step, s.by_source.tolist(), s.grad_norm.item(), s.params_norm.item(), s.lr) for step, s in self._pending]
+        seconds = (time.perf_counter() - self._clock) / len(values)
+        self._rows = [self._row(*value, seconds) for value in values]
+        self._pending.clear()
+        return self._rows[-1]
+
+    def write(self) -> None:
+        """Write the rows that were read."""
+        for row in self._rows:
+            if self._file is not None:
+                self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+                self._file.flush()
+            if self._board is not None:
+                self._write_board(row)
+        self._rows = []
+
+    def by_source(self, sums_and_counts: list[list[float]]) -> tuple[dict[str, float], dict[str, int]]:
+        """(mean loss, tokens) of each source that had any, from fp64 [2, sources]."""
+        triples = [(n, s, c) for n, s, c in zip(self.names, *sums_and_counts, strict=True) if c]
+        return {n: s / c for n, s, c in triples}, {n: int(c) for n, s, c in triples}
+
+    def validation(self, sums_and_counts: list[list[float]]) -> dict[str, Any]:
+        """The held-out losses as entries of a row."""
+        losses, tokens = self.by_source(sums_and_counts)
+        return {
+            "valid_loss": mean(losses, tokens, self.names),
+            "valid_loss_english": mean(losses, tokens, self.english),
+            "valid_loss_non_english": mean(losses, tokens, self.non_english),
+            "valid_loss_by_source": losses,
+        }
+
+    def _row(
+        self, step: int, by_source: list[list[float]], grad_norm: float, params_norm: float, lr: float, seconds: float
+    ) -> dict[str, Any]:
+        prepared = self.run.prepared
+        size = self.run.cfg.train.global_batch_size
+        losses, tokens = self.by_source(by_source)
+        total = sum(tokens.values())
+        samples = min(step * size, prepared.num_samples)
+        tflops = self.flops * total / seconds / self.run.mesh.world.size / 1e12 if seconds else math.nan
+        return {
+            "step": step,
+            "samples": samples,
+            "tokens": samples * prepared.plan.block_length,
+            "stage": prepared.plan.stages[prepared.plan.stage_at((step - 1) * size)].name,
+            "loss": mean(losses, tokens, self.names),
+            "loss_english": mean(losses, tokens, self.english),
+            "loss_non_english": mean(losses, tokens, self.non_english),
+            "loss_by_source": losses,
+            "tokens_by_source": tokens,
+            "non_english_share": sum(tokens.get(n, 0) for n in self.non_english) / total if total else math.nan,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "params_norm": params_norm,
+            "seconds": seconds,
+            "tokens_per_second": total / seconds if seconds else math.nan,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self.peak if self.peak else None,
+        }
+
+    def _write_board(self, row: dict[str, Any]) -> None:
+        assert self._board is not None
+        for key, value in row.items():
+            for part, number in value.items() if isinstance(value, dict) else ((None, value),):
+                if isinstance(number, (int, float)) and key != "step":
+                    self._board.add_scalar(key if part is None else f"{key}/{part}", number, row["step"])
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the line that was being written when the run was killed
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def progress_line(run: Run, row: dict[str, Any], left: str) -> str:
+    """One line on the state of the run; the share is that of the stage so far."""
+    width = len(str(run.prepared.num_steps))
+    plan = run.prepared.plan
+    stage = plan.stages[plan.stage_at(row["samples"] - 1)]
+    counts, before = plan.sampler().counts(row["samples"]), plan.sampler().counts(stage.begin_sample)
+    share = plan.non_english_share([now - then for now, then in zip(counts, before, strict=True)])
+    return (
+        f"step {row['step']:>{width}}/{run.prepared.num_steps}  {stage.name}  loss {row['loss']:.3f} "
+        f"(en {row['loss_english']:.3f}, other {row['loss_non_english']:.3f})  non-English {share:.1%} of stage  "
+        f"lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s"
+        + (f"  MFU {row['mfu']:.1%}" if row["mfu"] else "")
+        + f"  left {left}"
+    )
+
+
+def say_validation(console: Console, row: dict[str, Any]) -> None:
+    """The held-out losses, by language."""
+    parts = "  ".join(f"{name} {loss:.2f}" for name, loss in row["valid_loss_by_source"].items())
+    console.say(
+        f"  held-out loss {row['valid_loss']:.3f} (en {row['valid_loss_english']:.3f}, "
+        f"other {row['valid_loss_non_english']:.3f}): {parts}"
+    )

@@ -1,0 +1,214 @@
+"""From a configuration to a run that is ready to step.
+
+`prepare` does all that needs no process group (and finds every mistake that config and file headers can tell);
+`build_run` makes mesh, model, optimizer and loaders.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
+from megapoly.checks import check
+from megapoly.config import Config
+from megapoly.data.curriculum import Plan, make_plan, open_sources
+from megapoly.data.indexed import TokenStream
+from megapoly.data.loader import Deal, TrainLoader, ValidLoader
+from megapoly.errors import CheckpointError, ConfigError
+from megapoly.log import Console
+from megapoly.model.count import head_flops, layer_flops, parameter_shapes
+from megapoly.model.init import initialize
+from megapoly.model.transformer import Transformer
+from megapoly.optim.sharded import ShardedAdamW
+from megapoly.parallel.gradients import FlatBuffers
+from megapoly.parallel.mesh import Mesh
+from megapoly.parallel.pipeline import Pipeline
+from megapoly.parallel.stage import make_stage, split_layers
+from megapoly.tokenizer.load import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any process group exists."""
+
+    cfg: Config
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    streams: list[TokenStream]
+    valid_streams: list[TokenStream | None]
+    plan: Plan
+    num_samples: int
+    num_steps: int
+    checkpoint: CheckpointReader | None  # what to start from
+    is_resume: bool  # the checkpoint is this run's own
+
+    @property
+    def start_step(self) -> int:
+        """Steps that the checkpoint has done already."""
+        if self.checkpoint is None or (self.cfg.checkpoint.finetune and not self.is_resume):
+            return 0
+        return self.checkpoint.step
+
+
+def resolve(cfg: Config, has_cuda: bool) -> Config:
+    """Fill in what depends on the machine: precision, log interval, directories, lengths."""
+    run_dir = Path(cfg.logging.run_dir)
+    is_on_gpu = has_cuda and cfg.parallel.distributed_backend != "gloo"
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, block_length=cfg.data.block_length or cfg.model.seq_length),
+        precision=dataclasses.replace(
+            cfg.precision, bf16=is_on_gpu if cfg.precision.bf16 is None else cfg.precision.bf16
+        ),
+        checkpoint=dataclasses.replace(cfg.checkpoint, save=cfg.checkpoint.save or str(run_dir / "checkpoints")),
+        logging=dataclasses.replace(cfg.logging, log_interval=cfg.logging.log_interval or (10 if is_on_gpu else 1)),
+    )
+
+
+def resolve_vocab_size(cfg: Config) -> tuple[int, Tokenizer]:
+    """Rows of the vocabulary (without padding) and the tokenizer that fills them."""
+    assert cfg.tokenizer.tokenizer_model is not None
+    tokenizer = load_tokenizer(cfg.tokenizer.tokenizer_type, cfg.tokenizer.tokenizer_model)
+    vocab_size = cfg.tokenizer.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size ({vocab_size}) is below the {tokenizer.vocab_size} entries of {tokenizer.path}; "
+            "leave it out or raise it"
+        )
+    return vocab_size, tokenizer
+
+
+def run_length(cfg: Config, plan: Plan) -> tuple[int, int]:
+    """(samples, steps) of the run: the stages' budgets, which train_iters and train_samples may only shorten."""
+    size = cfg.train.global_batch_size
+    samples = plan.num_samples
+    for name, value in (
+        ("train_samples", cfg.train.train_samples),
+        ("train_iters", cfg.train.train_iters and cfg.train.train_iters * size),
+    ):
+        if value is not None:
+            if value > -(-plan.num_samples // size) * size:
+                raise ConfigError(
+                    f"{name} would need {value} samples, the stages' budgets give {plan.num_samples}; "
+                    "raise the budget of a stage instead"
+                )
+            samples = min(samples, value)
+    return samples, -(-samples // size)
+
+
+def _starting_point(cfg: Config, plan: Plan) -> tuple[CheckpointReader | None, bool]:
+    assert cfg.checkpoint.save is not None
+    if (Path(cfg.checkpoint.save) / "latest").exists():
+        reader = CheckpointReader.open(cfg.checkpoint.save)
+        if reader.state["plan_fingerprint"] != plan.fingerprint():
+            raise CheckpointError(
+                f"{reader.folder}: the run was made with another data plan (sources, tokens, stages, seed or block "
+                "length changed); take another --run-dir, or --load it with --finetune"
+            )
+        if reader.state["global_batch_size"] != cfg.train.global_batch_size:
+            raise CheckpointError(
+                f"{reader.folder}: the run has global_batch_size {reader.state['global_batch_size']}, "
+                f"not {cfg.train.global_batch_size}; steps would no longer mean the same samples"
+            )
+        return reader, True
+    if cfg.checkpoint.load is not None:
+        reader = CheckpointReader.open(find_checkpoint(cfg.checkpoint.load))
+        if not cfg.checkpoint.finetune and "exp_avg.final_norm.weight" not in reader.records:
+            raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
+        return reader, False
+    return None, False
+
+
+def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
+    """Check everything that needs no process group; the same on every rank. Raises MegapolyErrors."""
+    cfg = resolve(cfg, has_cuda)
+    check(cfg, world_size)
+    vocab_size, tokenizer = resolve_vocab_size(cfg)
+    streams = open_sources(cfg, vocab_size)
+    plan = make_plan(cfg, [stream.num_tokens for stream in streams])
+    valid = [TokenStream(s.valid_paths, vocab_size) if s.valid_paths else None for s in cfg.data.sources]
+    num_samples, num_steps = run_length(cfg, plan)
+    checkpoint, is_resume = _starting_point(cfg, plan)
+    if checkpoint is not None:
+        check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
+    return Prepared(
+        cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, num_steps, checkpoint, is_resume
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training step needs."""
+
+    prepared: Prepared
+    mesh: Mesh
+    console: Console
+    model: Transformer
+    buffers: FlatBuffers
+    optimizer: ShardedAdamW
+    pipeline: Pipeline
+    loader: TrainLoader
+    valid_loader: ValidLoader
+    layer_split: list[int]
+
+    @property
+    def cfg(self) -> Config:
+        """The resolved configuration."""
+        return self.prepared.cfg
+
+    def checkpoint_state(self, step: int) -> dict[str, Any]:
+        """What state.json keeps beside the tensors."""
+        size = self.cfg.train.global_batch_size
+        return {
+            "step": step,
+            "samples": min(step * size, self.prepared.num_samples),
+            "global_batch_size": size,
+            "vocab_size": self.prepared.vocab_size,
+            "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
+            "plan_fingerprint": self.prepared.plan.fingerprint(),
+            "layout": {"tp": self.mesh.tp.size, "pp": self.mesh.pp.size, "dp": self.mesh.dp.size},
+            "config": self.cfg.to_dict(),
+        }
+
+
+def layer_split(cfg: Config, vocab_size: int, stages: int) -> list[int]:
+    """Layers of each stage: by hand where given, else by FLOPs with the head's counted."""
+    if cfg.parallel.pipeline_layer_split is not None:
+        return cfg.parallel.pipeline_layer_split
+    costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
+    return split_layers(costs, 0.0, float(head_flops(cfg.model, vocab_size)), stages)
+
+
+def build_run(prepared: Prepared, mesh: Mesh) -> Run:
+    """Model, optimizer, pipeline and loaders of this rank; weights are drawn, no checkpoint is loaded yet."""
+    cfg, m = prepared.cfg, prepared.cfg.model
+    dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
+    split = layer_split(cfg, prepared.vocab_size, mesh.pp.size)
+    model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), mesh.tp, dtype, mesh.device)
+    initialize(model, cfg.train.seed)
+    buffers = FlatBuffers(model, mesh)
+    tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
+    assert cfg.data.block_length is not None
+    return Run(
+        prepared=prepared,
+        mesh=mesh,
+        console=Console(mesh.is_main),
+        model=model,
+        buffers=buffers,
+        optimizer=ShardedAdamW(buffers, cfg.optimizer),
+        pipeline=Pipeline(mesh.pp, (tokens, m.hidden_size), model.residual_dtype, mesh.device),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.num_samples),
+        valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
+        layer_split=split,
+    )
+
+
+def to_device(array: Any, device: torch.device) -> Tensor:
+    """A numpy array of a batch as a tensor on the device; the copy does not wait for the GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

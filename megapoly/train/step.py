@@ -1,0 +1,82 @@
+"""The training step, on one screen."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megapoly.data.batch import Batch
+from megapoly.model.loss import token_losses
+from megapoly.optim.clip import clip_coefficient, global_norm
+from megapoly.optim.schedule import learning_rate
+from megapoly.parallel.collectives import all_reduce_
+from megapoly.parallel.schedule import forward_only, one_f_one_b
+from megapoly.train.setup import Run, to_device
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step leaves behind, still on the device: nothing here waits for it.
+
+    `by_source` is fp64 [2, sources]: sums of token losses and numbers of unmasked tokens over the whole global batch,
+    the same on every rank.
+    """
+
+    by_source: Tensor
+    grad_norm: Tensor
+    params_norm: Tensor
+    lr: float
+
+
+def train_step(run: Run, step: int) -> StepStats:
+    """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
+    batches = run.loader.step(step)
+    by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
+    num_tokens = torch.tensor(float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
+    all_reduce_(num_tokens, run.mesh.dp)
+
+    run.buffers.zero_grad()
+    actions = one_f_one_b(run.mesh.pp.rank, run.mesh.pp.size, len(batches))
+    run.pipeline.run(actions, lambda i, hidden: stage_forward(run, batches[i], hidden, num_tokens, by_source))
+    owned_grad = run.buffers.reduce()
+
+    grad_norm = global_norm(owned_grad, run.buffers)
+    owned_grad *= clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
+    lr = learning_rate(run.cfg.schedule, step, run.prepared.num_steps)
+    run.optimizer.step(owned_grad, lr)
+    return StepStats(sum_over_stages(run, by_source), grad_norm, global_norm(run.optimizer.master, run.buffers), lr)
+
+
+def stage_forward(run: Run, batch: Batch, hidden: Tensor | None, num_tokens: Tensor, by_source: Tensor) -> Tensor:
+    """This stage's forward of a micro-batch; the last stage returns its part of the loss and counts it by source."""
+    tokens_BS = to_device(batch.tokens, run.mesh.device)
+    output = run.model(tokens_BS, hidden)
+    if not run.model.stage.has_head:
+        result: Tensor = output
+        return result
+    mask_BS = to_device(batch.mask, run.mesh.device)
+    losses_BS = token_losses(run.model, output, to_device(batch.labels, run.mesh.device)) * mask_BS
+    sources_B = to_device(batch.sources, run.mesh.device)
+    by_source[0].index_add_(0, sources_B, losses_BS.detach().double().sum(1))
+    by_source[1].index_add_(0, sources_B, mask_BS.double().sum(1))
+    return losses_BS.sum() / num_tokens
+
+
+def sum_over_stages(run: Run, by_source: Tensor) -> Tensor:
+    """Complete the per-source sums over data-parallel ranks, and bring them from the last stage to all."""
+    return all_reduce_(all_reduce_(by_source, run.mesh.dp), run.mesh.pp)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> Tensor:
+    """Sums of held-out token losses and their counts, fp64 [2, sources]; weights and data order stay untouched."""
+    by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
+    one = torch.ones((), device=run.mesh.device)
+    for number in range(run.valid_loader.num_batches):
+        batches = run.valid_loader.batch(number)
+
+        def forward(i: int, hidden: Tensor | None, batches: list[Batch] = batches) -> Tensor:
+            return stage_forward(run, batches[i], hidden, one, by_source)
+
+        run.pipeline.run(forward_only(len(batches)), forward)
+    return sum_over_stages(run, by_source)

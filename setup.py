@@ -1,0 +1,34 @@
+"""One distribution, two import roots: megapoly and megapoly_kernels (which lies in kernels/)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megapoly",
+    version="0.1.0",
+    description="3D-parallel pretraining of multilingual language models, from raw text to a Hugging Face checkpoint",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["megapoly", "megapoly.*"]),
+        *find_packages("kernels", include=["megapoly_kernels", "megapoly_kernels.*"]),
+    ],
+    package_dir={"megapoly_kernels": "kernels/megapoly_kernels"},
+    package_data={"megapoly": ["presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "PyYAML>=6",
+        "regex",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.18",
+        "tokenizers>=0.22",
+        "tqdm",
+        "py3langid>=0.3",
+        "zstandard",
+    ],
+    extras_require={
+        "hf": ["transformers>=5"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,197 @@
+"""The .bin/.idx format: bytes as Megatron-LM lays them out, nothing trusted unchecked, nothing half-written visible."""
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megapoly.data import indexed
+from megapoly.data.indexed import IndexedDataset, IndexedDatasetWriter, TokenStream
+from megapoly.errors import DataError
+
+DOCUMENTS = [[1, 2, 3], [40000], [7, 8]]
+
+
+def write(prefix: Path | str, documents: list[list[int]], vocab_size: int = 50000) -> str:
+    with IndexedDatasetWriter(str(prefix), vocab_size) as writer:
+        for document in documents:
+            writer.add_document(document)
+        writer.finalize()
+    return str(prefix)
+
+
+def expected_index(lengths: list[int], code: int, item: int) -> bytes:
+    """The layout of megatron/core/datasets/indexed_dataset.py, field by field."""
+    ends = np.cumsum([0, *lengths]) * item
+    n = len(lengths)
+    return (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<Q", 1)
+        + struct.pack("<B", code)
+        + struct.pack("<Q", n)
+        + struct.pack("<Q", n + 1)
+        + struct.pack(f"<{n}i", *lengths)
+        + struct.pack(f"<{n}q", *ends[:-1])
+        + struct.pack(f"<{n + 1}q", *range(n + 1))
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "code", "letter"), [(300, 8, "H"), (65499, 8, "H"), (65500, 4, "i"), (256000, 4, "i")]
+)
+def test_bytes_are_those_of_megatron(tmp_path: Path, vocab_size: int, code: int, letter: str) -> None:
+    documents = [[5, 0, 299], [1], [2, 3]]
+    prefix = write(tmp_path / "a", documents, vocab_size)
+    flat = [token for document in documents for token in document]
+    assert Path(prefix + ".bin").read_bytes() == struct.pack(f"<{len(flat)}{letter}", *flat)
+    assert Path(prefix + ".idx").read_bytes() == expected_index([3, 1, 2], code, struct.calcsize(f"<{letter}"))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(documents=st.lists(st.lists(st.integers(0, 70000), max_size=5), max_size=8), chunk=st.integers(1, 3))
+def test_what_is_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[list[int]], chunk: int
+) -> None:
+    monkeypatch.setattr(indexed, "INDEX_CHUNK", chunk)
+    dataset = IndexedDataset(write(tmp_path / "a", documents, 70001))
+    filled = [document for document in documents if document]
+    assert [dataset[i].tolist() for i in range(len(dataset))] == filled
+    assert dataset.num_documents == dataset.num_sequences == len(filled)
+    assert dataset.tokens(0, dataset.num_tokens).tolist() == [token for document in filled for token in document]
+
+
+def test_a_file_of_several_sequences_a_document_is_read(tmp_path: Path) -> None:
+    index = bytearray(expected_index([2, 2, 0], 4, 4))
+    index[-32:] = struct.pack("<4q", 0, 2, 2, 3)
+    (tmp_path / "a.idx").write_bytes(index)
+    (tmp_path / "a.bin").write_bytes(np.arange(4, dtype="<i4").tobytes())
+    dataset = IndexedDataset(str(tmp_path / "a"))
+    assert (dataset.num_sequences, dataset.num_documents, dataset.num_tokens) == (3, 3, 4)
+    assert dataset[1].tolist() == [2, 3] and dataset[2].tolist() == []
+
+
+def patch(offset: int, layout: str, value: object) -> Callable[[bytearray], None]:
+    def damage(index: bytearray) -> None:
+        struct.pack_into(layout, index, offset, value)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[bytearray], None], str]] = {
+    "magic": (patch(0, "9s", b"NOTANIDX!"), "starts with"),
+    "version": (patch(9, "<Q", 2), "version 2"),
+    "unknown type": (patch(17, "<B", 77), "dtype code 77"),
+    "float type": (patch(17, "<B", 7), "floating"),
+    "absurd count": (patch(18, "<Q", 2**63), str(2**63)),
+    "absurd document count": (patch(26, "<Q", 2**40), str(2**40)),
+    "negative length": (patch(34, "<i", -3), "-3"),
+    "length that overlaps": (patch(34, "<i", 2), "sequence 1 at byte 6, not at 4"),
+    "offset backwards": (patch(34 + 12 + 8, "<q", 0), "sequence 1 at byte 0, not at 6"),
+    "last length too long": (patch(34 + 8, "<i", 2**31 - 1), "describes 4294967302"),
+    "documents do not start at 0": (patch(34 + 36, "<q", 1), "from 1 to 3"),
+    "documents end early": (patch(34 + 36 + 24, "<q", 2), "from 0 to 2"),
+    "documents fall": (patch(34 + 36 + 8, "<q", 3), "falls from 3 to 2"),
+    "trailing bytes": (lambda index: index.extend(b"123"), "need 102"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_in_one_line(tmp_path: Path, name: str) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    damage, words = DAMAGES[name]
+    index = bytearray(Path(prefix + ".idx").read_bytes())
+    damage(index)
+    Path(prefix + ".idx").write_bytes(index)
+    with pytest.raises(DataError) as caught:
+        IndexedDataset(prefix)
+    assert words in str(caught.value) and prefix in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    for kind in ("idx", "bin"):
+        whole = Path(f"{prefix}.{kind}").read_bytes()
+        for size in range(len(whole)):
+            Path(f"{prefix}.{kind}").write_bytes(whole[:size])
+            with pytest.raises(DataError, match=str(size)):
+                IndexedDataset(prefix)
+        Path(f"{prefix}.{kind}").write_bytes(whole)
+    IndexedDataset(prefix)
+    os.remove(prefix + ".bin")
+    with pytest.raises(DataError, match="no such file"):
+        IndexedDataset(prefix)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 101), value=st.integers(0, 255))
+def test_no_byte_of_the_index_can_cause_anything_but_a_data_error(tmp_path: Path, position: int, value: int) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    index = bytearray(Path(prefix + ".idx").read_bytes())
+    index[position] = value
+    Path(prefix + ".idx").write_bytes(index)
+    try:
+        dataset = IndexedDataset(prefix)
+    except DataError:
+        return
+    assert sum(len(dataset[i]) for i in range(len(dataset))) == dataset.num_tokens
+
+
+def test_nothing_has_its_name_before_the_end(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="interrupted"), IndexedDatasetWriter(str(tmp_path / "a"), 100) as writer:
+        writer.add_document([1, 2])
+        assert not {"a.bin", "a.idx"} & set(os.listdir(tmp_path))
+        raise RuntimeError("interrupted")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_rewrite_leaves_the_old_dataset(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    with pytest.raises(DataError, match="id 50000"), IndexedDatasetWriter(prefix, 50000) as writer:
+        writer.add_document([1, 50000])
+    assert IndexedDataset(prefix).num_tokens == 6
+    write(prefix, [[9]])
+    assert IndexedDataset(prefix).tokens(0, 1).tolist() == [9]
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
+
+
+def test_a_stream_reads_across_borders_and_empty_files(tmp_path: Path) -> None:
+    parts = [[[1, 2, 3]], [], [[4]], [[5, 6], [70000]]]
+    prefixes = [write(tmp_path / str(i), part, 70001) for i, part in enumerate(parts)]
+    stream = TokenStream(prefixes)
+    whole = [1, 2, 3, 4, 5, 6, 70000]
+    assert stream.num_tokens == len(whole)
+    for begin in range(len(whole) + 1):
+        for end in range(begin, len(whole) + 1):
+            part = stream.read(begin, end)
+            assert part.tolist() == whole[begin:end] and part.dtype == np.int64
+    with pytest.raises(IndexError):
+        stream.read(5, 8)
+
+
+def test_ids_outside_the_vocabulary_are_found_with_file_and_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefixes = [write(tmp_path / "a", [[1] * 1000]), write(tmp_path / "b", [[2] * 3000 + [777] + [2] * 3000])]
+    monkeypatch.setattr(indexed, "EDGE_SCAN_BYTES", 512)
+    stream = TokenStream(prefixes)
+    stream.check_vocab(778)
+    with pytest.raises(DataError, match=r"b\.bin: token 3000 has id 777, but the vocabulary ends at 776"):
+        stream.check_vocab(777)
+    monkeypatch.setattr(indexed, "FULL_SCAN_BYTES", 10000)
+    stream.check_vocab(777)  # large files: the ends alone
+    guarded = TokenStream(prefixes, vocab_size=777)
+    assert guarded.read(999, 1001).tolist() == [1, 2]
+    with pytest.raises(DataError, match=r"b\.bin: token 3000 has id 777"):
+        guarded.read(990, 5000)
+
+
+def test_a_negative_id_is_out_of_range(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [[1, 2]], 100000)
+    (tmp_path / "a.bin").write_bytes(struct.pack("<2i", 1, -5))
+    with pytest.raises(DataError, match="id -5"):
+        TokenStream([prefix]).check_vocab(100000)

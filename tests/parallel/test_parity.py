@@ -1,0 +1,99 @@
+"""The first promise: any layout gives the single process's weights bit for bit, and its losses and gradients."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import assemble, run_ranks
+from tiny_runs import FAMILIES, tiny_config, tiny_run
+
+from megapoly.checkpoint.state import pieces, training_state
+from megapoly.config import Config
+from megapoly.parallel.mesh import Mesh
+from megapoly.train.step import evaluate, train_step
+
+STEPS = 20
+LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+CELLS = [(*layout, sp) for layout in LAYOUTS for sp in ((False, True) if layout[0] > 1 else (False,))]
+
+
+def steps_of(mesh: Mesh, cfg: Config) -> dict[str, Any]:
+    """Initial weights, first gradients, losses and gradient norms of a short training, whole on every rank."""
+    run = tiny_run(mesh, cfg)
+    weights = assemble(pieces(run.buffers, {"model": training_state(run.optimizer)["model"]}, for_saving=True))
+    gradients: dict[str, torch.Tensor] = {}
+    reduce = run.buffers.reduce
+
+    def reduce_and_keep() -> torch.Tensor:
+        owned = reduce()
+        if not gradients:
+            gradients.update(assemble(pieces(run.buffers, {"grad": owned}, for_saving=True)))
+        return owned
+
+    run.buffers.reduce = reduce_and_keep
+    losses, norms, by_source = [], [], []
+    for step in range(1, STEPS + 1):
+        stats = train_step(run, step)
+        sums, counts = stats.by_source
+        losses.append((sums.sum() / counts.sum()).item())
+        by_source.append(counts.tolist())
+        norms.append(stats.grad_norm.item())
+    held_out = evaluate(run)
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "losses": losses,
+        "norms": norms,
+        "counts": by_source,
+        "held_out": (held_out[0] / held_out[1]).tolist(),
+        "held_out_tokens": held_out[1].tolist(),
+    }
+
+
+@functools.cache
+def reference(family: str, folder: Path) -> dict[str, Any]:
+    return run_ranks(steps_of, tiny_config(folder, family, STEPS))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
+def assert_same_training(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert mine["weights"].keys() == theirs["weights"].keys()
+    for name, weight in theirs["weights"].items():
+        assert torch.equal(mine["weights"][name], weight), f"initial {name} differs"
+    whole_norm = torch.stack([g.norm() for g in theirs["gradients"].values()]).norm()
+    for name, gradient in theirs["gradients"].items():
+        error = (mine["gradients"][name] - gradient).norm()
+        if name.endswith("qkv.bias"):
+            # The key's part is zero in theory: softmax does not see a shift that all keys share.
+            assert error <= 1e-5 * whole_norm, f"{name}: {error / whole_norm:.2e} of the global norm"
+        else:
+            assert error <= 1e-5 * gradient.norm(), f"{name}: relative error {error / gradient.norm():.2e}"
+    assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert mine["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
+    assert mine["held_out"] == pytest.approx(theirs["held_out"], rel=1e-5)
+    assert mine["counts"] == theirs["counts"]
+    assert mine["held_out_tokens"] == theirs["held_out_tokens"]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp", "sequence_parallel"), CELLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_trains_like_one_process(
+    family: str, tp: int, pp: int, dp: int, sequence_parallel: bool, folder: Path
+) -> None:
+    cfg = tiny_config(
+        folder, family, STEPS,
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    for of_rank in run_ranks(steps_of, cfg, tp=tp, pp=pp, dp=dp):
+        assert_same_training(of_rank, reference(family, folder))
+
+
+def test_the_reference_learns(folder: Path) -> None:
+    losses = reference("gpt2", folder)["losses"]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 1.0, losses

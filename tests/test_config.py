@@ -1,0 +1,135 @@
+"""The configuration: YAML 1.2 scalars, layers, types, and unknown keys refused with the nearest known one."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from megapoly.checks import check, padded_vocab_size
+from megapoly.cli import parse_flags, refuse_unknown
+from megapoly.config import LEAVES, SECTIONS, load_config, preset_names
+from megapoly.errors import ConfigError
+from megapoly.yaml12 import parse_yaml
+
+
+def test_yaml_scalars_are_those_of_yaml_1_2() -> None:
+    tree = parse_yaml("a: no\nb: 638e9\nc: 3e-5\nd: true\ne: 1:30\nf: 2020-01-01\ng: 0o17\nh: 0x1F\ni: ~\nj: 010\n", "t")
+    assert tree == {
+        "a": "no", "b": 638e9, "c": 3e-5, "d": True, "e": "1:30", "f": "2020-01-01", "g": 15, "h": 31, "i": None, "j": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "a: [1", "? [a]\n: 1", "!!python/object/apply:os.system [id]", "1: 2"])
+def test_yaml_that_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="t, line|t:"):
+        parse_yaml(text, "t")
+
+
+def test_leaf_names_are_unique() -> None:
+    names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
+    assert len(names) == len(set(names)) == len(LEAVES)
+
+
+def test_layers_file_over_preset_over_tiny_and_flags_last(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: gecko-tiny\nmodel: {num_layers: 6}\ntrain: {seed: 7}\n")
+    cfg = load_config(str(path), {"seed": 8})
+    assert cfg.model.num_layers == 6  # the file
+    assert cfg.model.activation == "swiglu"  # its preset
+    assert cfg.train.global_batch_size == load_config("tiny").train.global_batch_size  # tiny
+    assert cfg.train.seed == 8  # the flag
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {num_layer: 3}", "unknown key 'num_layer'; did you mean 'num_layers'"),
+        ("modle: {}", "unknown section 'modle'; did you mean 'model'"),
+        ("num_layers: 3", "belongs into section 'model'"),
+        ("model: {num_layers: three}", "must be a whole number, not 'three'"),
+        ("model: {num_layers: 2.5}", "must be a whole number, not 2.5"),
+        ("model: {num_layers: true}", "must be a whole number, not True"),
+        ("model: {activation: relu}", "must be one of gelu_tanh"),
+        ("preset: tinny", "preset 'tinny' is unknown; did you mean 'tiny'"),
+        ("curriculum: {stages: [{name: a, tokens: 1e6, non_english_shar: 0.3}]}", "did you mean 'non_english_share'"),
+        ("curriculum: {stages: [{name: a}]}", "key 'tokens' is missing"),
+        ("- a", "top level must be sections"),
+        ("model: 3", "section 'model' must hold keys"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+        load_config(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_presets_and_files_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'polylm-13b'"):
+        load_config("polylm-13")
+
+
+def test_flags_take_megatrons_forms() -> None:
+    flags, rest = parse_flags(
+        "--tensor-model-parallel-size 2 --bf16 --lr=3e-5 --pipeline-layer-split 3,2 --swiglu --no-tensorboard "
+        "--sequence-parallel false --save 0123 word --unknown".split()
+    )
+    assert flags == {
+        "tensor_model_parallel_size": 2, "bf16": True, "lr": 3e-5, "pipeline_layer_split": [3, 2], "activation": "swiglu",
+        "tensorboard": False, "sequence_parallel": False, "save": "0123",
+    }  # fmt: skip
+    assert rest == ["word", "--unknown"]
+
+
+def test_a_misspelt_flag_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"):
+        refuse_unknown(["--micro-batch-sise"])
+    with pytest.raises(ConfigError, match="needs a value"):
+        parse_flags(["--lr", "--bf16"])
+    with pytest.raises(ConfigError, match="flag --num-layers.*whole number"):
+        load_config("tiny", parse_flags(["--num-layers", "x"])[0])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
+    cfg = load_config(name)
+    assert check(cfg, 8) == 8 // cfg.parallel.tensor_model_parallel_size
+    assert cfg.data.sources and cfg.curriculum.stages
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "numbers"),
+    [
+        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)")),
+        ({"pipeline_model_parallel_size": 5}, 5, ("(5)", "(4)")),
+        ({"tensor_model_parallel_size": 2}, 3, ("= 2", "(3)")),
+        ({"num_attention_heads": 7}, 1, ("(7)", "(256)")),
+        ({"num_query_groups": 3}, 1, ("(3)", "(8)")),
+        ({"global_batch_size": 6}, 2, ("(6)", "= 4")),
+        ({"sequence_parallel": True}, 1, ("1",)),
+        ({"pipeline_layer_split": [3, 2], "pipeline_model_parallel_size": 2}, 2, ("[3, 2]", "(4)")),
+        ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
+        ({"lr": -1.0}, 1, ("-1.0",)),
+        ({"rotary_percent": 0.1, "position_embedding_type": "rope"}, 1, ("(0.1)", "(32)")),
+    ],
+)
+def test_conflicts_give_both_numbers(flags: dict, world: int, numbers: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(load_config("tiny", flags), world)
+    for number in numbers:
+        assert number in str(caught.value)
+
+
+def test_padded_vocabulary() -> None:
+    # The checklist's cases: 46,336 and 30,003 entries.
+    assert [padded_vocab_size(46336, 128, tp) for tp in (1, 8)] == [46336, 47104]
+    assert [padded_vocab_size(30003, 128, tp) for tp in (1, 8)] == [30080, 30720]
+
+
+def test_a_preset_finds_its_data_under_data_root(tmp_path: Path) -> None:
+    cfg = load_config("tiny", {"data_root": str(tmp_path)})
+    assert cfg.data.sources[1].paths == [os.path.join(tmp_path, "zh_text_document")]
+    assert cfg.tokenizer.tokenizer_model == os.path.join(tmp_path, "tokenizer.model")

@@ -1,0 +1,99 @@
+"""The order of the house: imports point left only, files and functions stay readable, nothing unsafe is loaded."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = (
+    "errors yaml12 config checks cli log tokenizer data parallel model optim checkpoint hf adapt generate plan train evaluate"
+).split()
+SOURCES = sorted([*ROOT.glob("megapoly/**/*.py"), *ROOT.glob("kernels/megapoly_kernels/*.py"), *ROOT.glob("tools/*.py")])
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "relative imports hide the order"
+            yield node.module
+
+
+def part(path: Path) -> str:
+    """`data` for megapoly/data/batch.py, `cli` for megapoly/cli.py."""
+    relative = path.relative_to(ROOT / "megapoly")
+    return relative.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(ROOT / "megapoly")], ids=str)
+def test_imports_point_left(path: Path) -> None:
+    here = part(path)
+    if here == "__init__":
+        return
+    for module in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        if module.startswith("megapoly."):
+            there = module.split(".")[1]
+            assert ORDER.index(there) <= ORDER.index(here), f"{path.name} ({here}) imports {module}"
+            assert (here, there) not in (("optim", "model"), ("checkpoint", "model"), ("data", "parallel"))
+        if module.split(".")[0] == "megapoly_kernels":
+            assert here in ("model", "optim"), f"{here} imports {module}; only model and optim may"
+
+
+def test_kernels_import_torch_and_triton_alone() -> None:
+    allowed = {"torch", "triton", "megapoly_kernels", *sys.stdlib_module_names}
+    for path in ROOT.glob("kernels/megapoly_kernels/*.py"):
+        names = {module.split(".")[0] for module in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        assert names <= allowed, f"{path.name} imports {names - allowed}"
+
+
+def test_kernels_folder_is_no_package() -> None:
+    # A package named `kernels` would shadow Hugging Face's, which setuptools loads on every build.
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    "module", ["megapoly.config", "megapoly.cli", "megapoly.checks", "megapoly.data.curriculum",
+               "megapoly.data.preprocess", "megapoly.data.loader", "megapoly.tokenizer.load"],
+)  # fmt: skip
+def test_data_side_needs_no_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= (80 if path.parent.name == "tools" else 400)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_that_is_loaded_can_execute(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & {m.split(".")[0] for m in imported(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "torch.load", "np.load", "numpy.load"), f"line {node.lineno}: {name}"
+            for keyword in node.keywords:
+                assert keyword.arg not in ("trust_remote_code", "allow_pickle"), f"line {node.lineno}"
+
+
+def test_public_functions_say_what_they_do() -> None:
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        if path.parent.name != "tools"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and ast.get_docstring(node) is None
+    ]
+    assert not silent

@@ -1,0 +1,229 @@
+"""Tokenizers: every text comes back, ids are those of `transformers`, and damage ends in one line."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megapoly.errors import TokenizerError
+from megapoly.tokenizer.load import Tokenizer, load_tokenizer
+from megapoly.tokenizer.train import (
+    VocabularyTooLarge,
+    balance_languages,
+    bytes_per_token,
+    character_coverage,
+    train_byte_level_bpe,
+    train_sentencepiece,
+)
+
+SP, HF = "SentencePieceTokenizer", "HuggingFaceTokenizer"
+TEXTS = {
+    "en": "The rain had stopped, and the street smelled of bread and wet stone.",
+    "zh": "雨停了,街上飘着面包和湿石头的味道。",
+    "es": "La lluvia había cesado y la calle olía a pan y a piedra mojada.",
+    "fr": "La pluie avait cessé et la rue sentait le pain et la pierre mouillée.",
+    "pt": "A chuva tinha parado e a rua cheirava a pão e a pedra molhada.",
+    "ru": "Дождь кончился, и на улице пахло хлебом и мокрым камнем.",
+    "de": "Der Regen hatte aufgehört, und die Straße roch nach Brot und nassem Stein.",
+    "it": "La pioggia era cessata e la strada profumava di pane e di pietra bagnata.",
+    "ar": "توقف المطر وفاحت في الشارع رائحة الخبز والحجر المبلل.",
+    "ja": "雨がやみ、通りにはパンと濡れた石の匂いがした。",
+    "ko": "비가 그치고 거리에서는 빵과 젖은 돌 냄새가 났다.",
+    "th": "ฝนหยุดแล้ว ถนนมีกลิ่นขนมปังและหินเปียก",
+    "vi": "Mưa đã tạnh, con phố thơm mùi bánh mì và đá ướt.",
+    "id": "Hujan telah berhenti dan jalan itu berbau roti dan batu basah.",
+    "nl": "De regen was opgehouden en de straat rook naar brood en natte steen.",
+    "pl": "Deszcz ustał, a ulica pachniała chlebem i mokrym kamieniem.",
+    "tr": "Yağmur durmuştu, sokak ekmek ve ıslak taş kokuyordu.",
+    "he": "הגשם פסק והרחוב הריח מלחם ומאבן רטובה.",
+}
+PROBES = [
+    *TEXTS.values(), "", " ", "  two spaces lead", "one ends ", "a\n\nb\n", "\n x", "\ttabs\t\tand  spaces",
+    "12345 + 67.8 = 12412.8", "👩‍👩‍👧 🎉", "a\r\nb", "e\u0301 é ﬁ １２３", "\u00a0\u200b\u2585", "nul \0 byte",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a SentencePiece model, and byte-level BPE in `hf/`."""
+    path = tmp_path_factory.mktemp("tokenizers")
+    train_sentencepiece(TEXTS.values(), str(path / "tokenizer.model"), 800, character_coverage=1.0)
+    train_byte_level_bpe(TEXTS.values(), str(path / "hf"), 500)
+    return path
+
+
+@pytest.fixture(scope="module", params=[SP, HF])
+def tokenizer(request: pytest.FixtureRequest, folder: Path) -> Tokenizer:
+    return load_tokenizer(request.param, str(folder / ("tokenizer.model" if request.param == SP else "hf")))
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids) and tokenizer.eod not in ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_ids_and_digits_are_those_of_polylm(folder: Path) -> None:
+    tokenizer = load_tokenizer(SP, str(folder / "tokenizer.model"))
+    assert (tokenizer.eod, tokenizer.bos, tokenizer.vocab_size) == (2, 1, 800)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert [processor.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [processor.id_to_piece(i) for i in tokenizer.encode("\n")] == ["<0x0A>"]
+    assert len(tokenizer.encode("2024")) == 4
+    assert tokenizer.eod not in tokenizer.encode("a </s> that is spelled out")
+
+
+def test_digits_are_split_even_where_they_repeat(tmp_path: Path) -> None:
+    train_sentencepiece(["year 2024 after 2024 words"] * 50, str(tmp_path / "t.model"), 290)
+    assert len(load_tokenizer(SP, str(tmp_path / "t.model")).encode("2024")) == 4
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_ids_equal_those_of_transformers(folder: Path, text: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": False, "legacy": False}))
+    theirs = transformers.LlamaTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(SP, str(folder / "tokenizer.model"))
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == text
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    assert theirs.encode(text, add_special_tokens=False) == load_tokenizer(HF, str(folder / "hf")).encode(text)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_is_deterministic_and_round_trips(tmp_path: Path, model_type: str) -> None:
+    for name in ("a", "b"):
+        train_sentencepiece(TEXTS.values(), str(tmp_path / name), 500, model_type)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tokenizer = load_tokenizer(SP, str(tmp_path / "a"))
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in PROBES] == PROBES
+
+
+def test_byte_level_training_is_deterministic(folder: Path, tmp_path: Path) -> None:
+    train_byte_level_bpe(TEXTS.values(), str(tmp_path / "t.json"), 500)
+    assert (tmp_path / "t.json").read_bytes() == (folder / "hf" / "tokenizer.json").read_bytes()
+    assert load_tokenizer(HF, str(tmp_path / "t.json")).eod == 0
+
+
+@pytest.mark.parametrize("before", ["filler " * 20000, "a\tb\t", "▅ ", "first line\n" * 3], ids=str.split)
+def test_no_training_text_is_dropped(tmp_path: Path, before: str) -> None:
+    text = before + "zebrafinch " * 40
+    with pytest.raises(VocabularyTooLarge) as caught:
+        train_sentencepiece([text], str(tmp_path / "t.model"), 5000, character_coverage=1.0)
+    train_sentencepiece([text], str(tmp_path / "t.model"), caught.value.largest, character_coverage=1.0)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert "▁zebrafinch" in processor.encode(" zebrafinch", out_type=str)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-level"])
+def test_a_vocabulary_that_is_too_large_names_the_largest(tmp_path: Path, kind: str) -> None:
+    path = str(tmp_path / "t.json")
+
+    def train(vocab_size: int) -> None:
+        texts = ["few words make few pieces"]
+        if kind == "byte-level":
+            train_byte_level_bpe(texts, path, vocab_size)
+        else:
+            train_sentencepiece(texts, path, vocab_size, kind)
+
+    with pytest.raises(VocabularyTooLarge) as caught:
+        train(5000)
+    assert str(caught.value.largest) in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+    train(caught.value.largest)
+    assert load_tokenizer(HF if kind == "byte-level" else SP, path).vocab_size == caught.value.largest
+    with pytest.raises(TokenizerError, match=r"vocab_size \(100\) must be at least"):
+        train(100)
+
+
+def test_no_text_and_a_failing_reader_are_told_apart(tmp_path: Path) -> None:
+    def failing() -> Iterator[str]:
+        yield "some text"
+        raise ValueError("line 7 is bad")
+
+    for train in (train_sentencepiece, train_byte_level_bpe):
+        with pytest.raises(TokenizerError, match="no text"):
+            train([], str(tmp_path / "t"), 300)
+        with pytest.raises(ValueError, match="line 7 is bad"):
+            train(failing(), str(tmp_path / "t"), 300)
+
+
+def damaged(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_damage_ends_in_one_line(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = (folder / "tokenizer.model").read_bytes()
+    text = (folder / "hf" / "tokenizer.json").read_bytes()
+    cases = [
+        (SP, damaged(tmp_path / "empty.model", b""), "damaged"),
+        (SP, damaged(tmp_path / "cut.model", model[:-7]), "damaged"),
+        (SP, damaged(tmp_path / "noise.model", bytes(range(256))), "damaged"),
+        (SP, str(folder / "hf" / "tokenizer.json"), "HuggingFaceTokenizer"),
+        (SP, str(folder), "cannot be read"),
+        (SP, str(tmp_path / "absent.model"), "no such"),
+        (HF, damaged(tmp_path / "cut.json", text[:-9]), "damaged"),
+        (HF, damaged(tmp_path / "other.json", b"{}"), "damaged"),
+        (HF, str(folder / "tokenizer.model"), "SentencePieceTokenizer"),
+        (HF, str(tmp_path), "no such"),
+        ("GPT2BPETokenizer", str(folder), "known: "),
+    ]
+    for kind, path, words in cases:
+        with pytest.raises(TokenizerError, match=words) as caught:
+            load_tokenizer(kind, path)
+        assert "\n" not in str(caught.value), path
+    assert capfd.readouterr().err == ""
+
+
+def test_the_end_of_document_comes_from_the_files_beside(folder: Path, tmp_path: Path) -> None:
+    words = json.loads((folder / "hf" / "tokenizer.json").read_text())
+    words["added_tokens"][0]["content"] = "<|stop|>"
+    vocab = words["model"]["vocab"]
+    vocab["<|stop|>"] = vocab.pop("<|endoftext|>")
+    words["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(HF, str(tmp_path))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|stop|>"}}))
+    tokenizer = load_tokenizer(HF, str(tmp_path))
+    assert (tokenizer.eod, tokenizer.bos) == (0, None)
+    assert tokenizer.decode(tokenizer.encode(TEXTS["en"])) == TEXTS["en"]  # truncation is off
+
+
+def test_balancing_repeats_small_languages_and_loses_nothing() -> None:
+    documents = [("en", f"{i:04d}" * 5) for i in range(800)] + [("ko", f"k{i:03d}" * 5) for i in range(50)]
+    texts = list(balance_languages(lambda: documents, alpha=0.5))
+    assert {text for _, text in documents} == set(texts)
+    assert texts == list(balance_languages(lambda: documents, alpha=0.5))
+    shares = Counter(text[0] == "k" for text in texts)
+    assert shares[False] == 800 and shares[True] == pytest.approx(800 / (800 / 50) ** 0.5, rel=0.1)
+    assert list(balance_languages(lambda: documents, alpha=1.0)) == [text for _, text in documents]
+    sampled = list(balance_languages(lambda: documents, alpha=1.0, max_bytes=17 * 1000 // 4))
+    assert len(sampled) == pytest.approx(850 / 4, rel=0.25)
+    assert list(balance_languages(lambda: [])) == []
+
+
+def test_coverage_leaves_room_for_words() -> None:
+    characters = Counter({chr(0x4E00 + i): 1 for i in range(1000)})
+    assert character_coverage(characters, 259 + 1980) == 0.99
+    assert character_coverage(characters, 300) == 0.98
+    assert character_coverage(characters, 8192) == 0.9995
+
+
+def test_bytes_per_token(tokenizer: Tokenizer) -> None:
+    n = len(tokenizer.encode("hello")) + len(tokenizer.encode("né"))
+    assert bytes_per_token(tokenizer, [("x", "hello"), ("x", "né"), ("y", "")]) == {"x": 8 / n}

@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Continue prompts with a checkpoint."""
+
+import argparse
+
+from megapoly.checkpoint.load import CheckpointReader
+from megapoly.errors import TokenizerError, exit_on_error
+from megapoly.generate.sample import generate, load_model
+from megapoly.tokenizer.load import load_tokenizer
+
+
+@exit_on_error
+def main() -> None:
+    """Read the flags, load the model on this process, print a continuation of each prompt."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load", required=True, help="a run, its checkpoints/ or a step folder")
+    parser.add_argument("--prompt", nargs="+", required=True, help="beginnings of texts")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    reader = CheckpointReader.open(args.load)
+    if reader.tokenizer_path is None:
+        raise TokenizerError(f"{reader.config.tokenizer.tokenizer_model}: the checkpoint's tokenizer is not here")
+    tokenizer = load_tokenizer(reader.config.tokenizer.tokenizer_type, str(reader.tokenizer_path))
+    model = load_model(reader)
+    for prompt in args.prompt:
+        ids = generate(
+            model, tokenizer.encode(prompt), args.max_new_tokens,
+            eod=tokenizer.eod, temperature=args.temperature, top_k=args.top_k, seed=args.seed,
+        )  # fmt: skip
+        print(f"{prompt} | {tokenizer.decode(ids)}\n")
+
+
+if __name__ == "__main__":
+    main()
