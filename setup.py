@@ -24,7 +24,7 @@ setup(
         "tensorboard>=2.18",
         "tokenizers>=0.22",
         "tqdm",
-        "py3langid>=0.3",
+        "py3langid>=0.4",
         "zstandard",
     ],
     extras_require={

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def _rank(fn: Callable[..., Any], args: tuple, rank: int, tp: int, pp: int, worl
         value = fn(make_mesh(tp, pp, torch.device("cpu")), *args)
         dist.barrier()
         dist.destroy_process_group()
-        results.put((rank, None, value))
+        # Plain bytes: a queue would hand tensors over by shared memory, which ends with this process.
+        results.put((rank, None, pickle.dumps(value)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
 
@@ -53,7 +55,7 @@ def run_ranks(fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: 
                 rank, failure, value = results.get(timeout=180)
                 if failure is not None:
                     raise AssertionError(f"rank {rank} of tp={tp} pp={pp} dp={dp} failed:\n{failure}")
-                values[rank] = value
+                values[rank] = pickle.loads(value)
         finally:
             for process in ranks:
                 process.join(timeout=0 if len(values) < world else 30)

@@ -7,12 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+# torch 2.13 renamed it; 2.11 knows the older name only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def _exchange(stats_3T: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All ranks' statistics, [ranks, 3, tokens]: the one exchange of this operation."""
     if group is None or group.size() == 1:
         return stats_3T[None]
     gathered = stats_3T.new_empty((group.size(), *stats_3T.shape))
-    dist.all_gather_into_tensor(gathered.view(-1), stats_3T.view(-1), group=group)
+    _all_gather(gathered.view(-1), stats_3T.view(-1), group=group)
     return gathered
 
 

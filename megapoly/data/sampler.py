@@ -4,8 +4,9 @@ Which source: every stage holds a Huffman tree (Huffman 1952) over its shares. A
 child as floor(ratio x n + phase), a two-way Bresenham line, so that both the counts of a prefix and the n-th sample
 have closed forms. Each split rounds by at most 1/2, and Huffman's rule gives an inner child at most 2/3 of its parent,
 so the roundings on any path add up to less than 1/2 + 3/2 = 2 samples. The phases of a stage start from the errors that
-the stages before it left, so errors are paid back and do not add up over stages. Ratios and phases depend on shares and
-on the past only, never on a stage's length: a longer or further stage leaves all earlier samples as they are.
+the stages before it left, so errors are paid back and do not add up over stages; until they are, a short table opens
+the stage, which serves the largest deficit first and ends where the tree stands. All of it depends on shares and on the
+past only, never on a stage's length: a longer or further stage leaves all earlier samples as they are.
 
 Which slice: a source's k-th sample is in epoch k // slices, at the place where a keyed generalised Feistel cipher with
 cycle walking (Black and Rogaway 2002) puts k % slices.
@@ -30,6 +31,10 @@ ONE = 1 << ONE_BITS
 WORD = (1 << 64) - 1
 LOW32 = (1 << 32) - 1
 FEISTEL_ROUNDS = 6
+# An opening lasts until the rarest source is due four times: then the tree has paid back what it was given to pay.
+OPENING_TURNS = 4
+LONGEST_OPENING = 4096
+DEFICIT_BITS = 40
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -101,7 +106,7 @@ class Tree:
         self.num_sources = len(shares)
 
     def item(self, n: int) -> tuple[int, int]:
-        """The source of the stage's n-th sample and how many of its samples came before in the stage."""
+        """The source of the n-th sample and how many of its samples came before."""
         node = self.root
         while node >= 0:
             split = self.splits[node]
@@ -130,7 +135,7 @@ class Tree:
         return found
 
     def counts(self, n: int) -> list[int]:
-        """How many of the stage's first n samples come from each source."""
+        """How many of the first n samples come from each source."""
         counts = [0] * self.num_sources
         pending = [(self.root, n)]
         while pending:
@@ -142,6 +147,70 @@ class Tree:
             left = split.left_count(n)
             pending += [(split.left, left), (split.right, n - left)]
         return counts
+
+
+def opening(shares: Sequence[Fraction], carried: Sequence[int], tree: Tree) -> Int64s:
+    """Sources of a stage's first samples where errors were carried into it, else none.
+
+    Always the largest deficit (Megatron-LM's blending) among the sources that have not reached the tree's counts at
+    the opening's end. Where earlier stages left errors of both signs in one subtree, the tree alone would repair one
+    leaf at the cost of its neighbours and could leave the bound of 2 samples (seen with stages of a few samples).
+    """
+    if not any(carried):
+        return np.empty(0, np.int64)
+    rarest = min(share for share in shares if share > 0)
+    length = min(LONGEST_OPENING, math.ceil(OPENING_TURNS / rarest))
+    remaining = tree.counts(length)
+    rates = np.array([int(share * (1 << DEFICIT_BITS)) for share in shares], dtype=np.int64)
+    deficits = np.array([-error >> (ONE_BITS - DEFICIT_BITS) for error in carried], dtype=np.int64)
+    lowest = np.iinfo(np.int64).min // 2
+    # A source that is finished falls out of reach of the maximum and stays there.
+    deficits[np.array(remaining) == 0] = lowest
+    chosen = np.empty(length, np.int64)
+    for n in range(length):
+        deficits += rates
+        source = int(deficits.argmax())
+        chosen[n] = source
+        remaining[source] -= 1
+        deficits[source] = deficits[source] - (1 << DEFICIT_BITS) if remaining[source] else lowest
+    return chosen
+
+
+class StageOrder:
+    """The order of sources in one stage, unbounded in length: an opening, then the tree."""
+
+    def __init__(self, shares: Sequence[Fraction], carried: Sequence[int]) -> None:
+        self.tree = Tree(shares, carried)
+        self.opening = opening(shares, carried, self.tree)
+        self.opening_ordinals = np.empty_like(self.opening)
+        for source in np.unique(self.opening):
+            where = np.flatnonzero(self.opening == source)
+            self.opening_ordinals[where] = np.arange(len(where))
+
+    def item(self, n: int) -> tuple[int, int]:
+        """The source of the stage's n-th sample and how many of its samples came before in the stage."""
+        if n < len(self.opening):
+            return int(self.opening[n]), int(self.opening_ordinals[n])
+        return self.tree.item(n)
+
+    def items(self, begin: int, end: int) -> list[tuple[int, Int64s, Int64s]]:
+        """`item` for begin to end: for each source met, the positions counted from begin and its earlier samples."""
+        split = min(max(len(self.opening), begin), end)
+        sources, ordinals = self.opening[begin:split], self.opening_ordinals[begin:split]
+        found = []
+        for source in np.unique(sources):
+            where = np.flatnonzero(sources == source)
+            found.append((int(source), where, ordinals[where]))
+        if split < end:
+            for leaf, where, counts in self.tree.items(np.arange(split, end, dtype=np.int64)):
+                found.append((leaf, where + (split - begin), counts))
+        return found
+
+    def counts(self, n: int) -> list[int]:
+        """How many of the stage's first n samples come from each source."""
+        if n < len(self.opening):
+            return [int(count) for count in np.bincount(self.opening[:n], minlength=self.tree.num_sources)]
+        return self.tree.counts(n)
 
 
 # ------------------------------------------------------------------------------------------------- which slice
@@ -203,7 +272,7 @@ def permute_all(index: Int64s, size: int, keys: Uint64s) -> Int64s:
 class _Stage:
     begin: int
     end: int
-    tree: Tree
+    order: StageOrder
     served: tuple[int, ...]  # samples of each source before this stage
 
 
@@ -226,9 +295,9 @@ class Sampler:
             assert stage.samples > 0 and len(stage.shares) == len(self.slices), stage
             assert sum(stage.shares) == 1 and min(stage.shares) >= 0, stage
             assert all(slices > 0 for slices, share in zip(self.slices, stage.shares, strict=True) if share), stage
-            tree = Tree(stage.shares, carried)
-            self._stages.append(_Stage(begin, begin + stage.samples, tree, tuple(served)))
-            for source, count in enumerate(tree.counts(stage.samples)):
+            order = StageOrder(stage.shares, carried)
+            self._stages.append(_Stage(begin, begin + stage.samples, order, tuple(served)))
+            for source, count in enumerate(order.counts(stage.samples)):
                 served[source] += count
                 carried[source] += count * ONE - round(stage.samples * stage.shares[source] * ONE)
             begin += stage.samples
@@ -240,7 +309,7 @@ class Sampler:
         if not 0 <= n < self.num_samples:
             raise IndexError(f"sample {n} lies outside the plan's {self.num_samples} samples")
         stage = self._stages[bisect_right(self._begins, n) - 1]
-        source, count = stage.tree.item(n - stage.begin)
+        source, count = stage.order.item(n - stage.begin)
         epoch, index = divmod(stage.served[source] + count, self.slices[source])
         key = mix((self._source_key(source) + epoch * GOLDEN) & WORD)
         return source, epoch, permute(index, self.slices[source], key)
@@ -254,8 +323,7 @@ class Sampler:
             first, last = max(begin, stage.begin), min(end, stage.end)
             if first >= last:
                 continue
-            local = np.arange(first - stage.begin, last - stage.begin, dtype=np.int64)
-            for source, where, counts in stage.tree.items(local):
+            for source, where, counts in stage.order.items(first - stage.begin, last - stage.begin):
                 epoch, index = np.divmod(counts + stage.served[source], self.slices[source])
                 shifts = epoch.astype(np.uint64) * np.uint64(GOLDEN)
                 keys = mix_all(shifts + np.uint64(self._source_key(source)))
@@ -272,7 +340,7 @@ class Sampler:
         if n == 0:
             return [0] * len(self.slices)
         stage = self._stages[bisect_right(self._begins, n - 1) - 1]
-        inside = stage.tree.counts(n - stage.begin)
+        inside = stage.order.counts(n - stage.begin)
         return [before + count for before, count in zip(stage.served, inside, strict=True)]
 
     def quotas(self, n: int) -> list[Fraction]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,6 +83,8 @@ def export(
         _swap(partial, target)
     except OSError as error:
         raise CheckpointError(f"{error.filename or target}: cannot be written: {error.strerror or error}") from None
+    except SafetensorError as error:  # a full disk, as safetensors reports it
+        raise CheckpointError(f"{target}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -143,9 +146,7 @@ def _converted(reader: Reader, dtype: torch.dtype | None) -> Iterator[tuple[str,
         return converted
 
     for name, tensor in to_hf(reader.config.model, reader.names, get):
-        whole = tensor.contiguous()
-        # A slice of a packed parameter would keep (and share, which safetensors refuses) the whole of it.
-        yield name, whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+        yield name, tensor.contiguous()
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> tuple[int, torch.dtype]:

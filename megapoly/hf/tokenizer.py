@@ -81,6 +81,8 @@ def _copy_hugging_face(source: Path, folder: Path) -> tuple[tokenizers.Tokenizer
         shutil.copyfile(source, folder / "tokenizer.json")
     beside = origin / "tokenizer_config.json"
     config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{beside}: must hold a JSON object; copy it again")
     config.pop("auto_map", None)  # would name Python code that is not exported
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), config
 

@@ -13,6 +13,11 @@ from torch import Tensor
 from megapoly.parallel.mesh import Axis
 
 
+# torch 2.13 renamed these two; 2.11 knows the older names only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or op) over the axis, in place; returns x."""
     if axis.size > 1:
@@ -25,7 +30,7 @@ def all_gather(x_tH: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_tH
     x_TH = x_tH.new_empty((x_tH.shape[0] * axis.size, *x_tH.shape[1:]))
-    dist.all_gather_into_tensor(x_TH, x_tH.contiguous(), group=axis.group)
+    _all_gather(x_TH, x_tH.contiguous(), group=axis.group)
     return x_TH
 
 
@@ -34,7 +39,7 @@ def reduce_scatter(x_TH: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_TH
     x_tH = x_TH.new_empty((x_TH.shape[0] // axis.size, *x_TH.shape[1:]))
-    dist.reduce_scatter_tensor(x_tH, x_TH.contiguous(), group=axis.group)
+    _reduce_scatter(x_tH, x_TH.contiguous(), group=axis.group)
     return x_tH
 
 

@@ -29,10 +29,13 @@ class Segment:
 
 
 class FlatBuffers:
-    """The parameters of a model, moved into one buffer, with fp32 main gradients beside it."""
+    """The parameters of a model, moved into one buffer, with fp32 main gradients beside it.
 
-    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
-        self.mesh = mesh
+    `tied`: the last stage holds a copy of the first one's embedding, and their gradients belong together.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh, tied: bool) -> None:
+        self.mesh, self.tied = mesh, tied
         named = list(sharded_parameters(model))
         # Matrices decay, biases and norms do not. qkv and gated biases have several dimensions but are still biases.
         is_decayed = {name: not name.endswith("bias") and parameter.dim() > 1 for name, parameter, _ in named}
@@ -84,7 +87,8 @@ class FlatBuffers:
     def reduce(self) -> Tensor:
         """Complete the gradients and sum them over data-parallel ranks; returns the owned range, fp32."""
         self._sum([s for s in self.segments if s.shard.is_partial], self.mesh.tp)
-        self._sum([s for s in self.segments if s.name == "embedding.word.weight"], self.mesh.embedding)
+        if self.tied:
+            self._sum([s for s in self.segments if s.name == "embedding.word.weight"], self.mesh.embedding)
         return reduce_scatter(self.grads, self.mesh.dp)
 
     def _sum(self, segments: list[Segment], axis: Axis) -> None:

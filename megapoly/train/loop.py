@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megapoly.checkpoint.load import load_checkpoint
 from megapoly.checkpoint.save import save_checkpoint
-from megapoly.data.curriculum import describe
+from megapoly.data.curriculum import describe, summary
 from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.train.metrics import Metrics, progress_line, say_validation
@@ -100,6 +100,9 @@ def say_finished_stages(run: Run, step: int) -> None:
     """At the end of a stage: the share that was realised, and how far it is from the plan in samples."""
     plan, size = run.prepared.plan, run.cfg.train.global_batch_size
     done = min(step * size, run.prepared.num_samples)
-    for stage in plan.stages:
+    for stage, report in zip(plan.stages, summary(plan)["stages"], strict=True):
         if (step - 1) * size < stage.end_sample <= done:
-            run.console.say(f"  {plan.stage_report(stage)}")
+            run.console.say(
+                f"  {stage.name} is done: {stage.samples:,} samples, non-English {report['non_english_share']:.2%} "
+                f"({report['deviation_in_samples']['non-English']:+.2f} samples off the plan)"
+            )

@@ -129,6 +129,8 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     check(cfg, world_size)
     vocab_size, tokenizer = resolve_vocab_size(cfg)
     streams = open_sources(cfg, vocab_size)
+    for stream in streams:
+        stream.check_vocab(vocab_size)
     plan = make_plan(cfg, [stream.num_tokens for stream in streams])
     valid = [TokenStream(s.valid_paths, vocab_size) if s.valid_paths else None for s in cfg.data.sources]
     num_samples, num_steps = run_length(cfg, plan)
@@ -190,7 +192,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     split = layer_split(cfg, prepared.vocab_size, mesh.pp.size)
     model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), mesh.tp, dtype, mesh.device)
     initialize(model, cfg.train.seed)
-    buffers = FlatBuffers(model, mesh)
+    buffers = FlatBuffers(model, mesh, m.tied)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     assert cfg.data.block_length is not None

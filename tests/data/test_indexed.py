@@ -184,6 +184,11 @@ def test_ids_outside_the_vocabulary_are_found_with_file_and_position(
         stream.check_vocab(777)
     monkeypatch.setattr(indexed, "FULL_SCAN_BYTES", 10000)
     stream.check_vocab(777)  # large files: the ends alone
+    for position in (0, 9999):
+        ids = [3] * 10000
+        ids[position] = 50
+        with pytest.raises(DataError, match=f"token {position} has id 50"):
+            TokenStream([write(tmp_path / "c", [ids])]).check_vocab(50)
     guarded = TokenStream(prefixes, vocab_size=777)
     assert guarded.read(999, 1001).tolist() == [1, 2]
     with pytest.raises(DataError, match=r"b\.bin: token 3000 has id 777"):

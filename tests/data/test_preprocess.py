@@ -103,7 +103,9 @@ def test_no_held_out_document_leaves_no_stale_file(tmp_path: Path, model: str, s
 
 def test_several_keys_make_several_outputs(tmp_path: Path, model: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "one", "title": "two"}, {"text": "", "title": "three"}]))
-    summary = preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "p"), TYPE, model, json_keys=["text", "title"])
+    summary = preprocess(
+        [str(tmp_path / "a.jsonl")], str(tmp_path / "p"), TYPE, model, append_eod=True, json_keys=["text", "title"]
+    )
     assert (len(read(tmp_path / "p_text_document")), len(read(tmp_path / "p_title_document"))) == (1, 2)
     assert (summary.documents, summary.empty) == (1, 1)
 
@@ -209,7 +211,7 @@ def test_a_worker_that_dies_does_not_hang_the_parent(
     monkeypatch.setattr(module, "BATCH_LINES", 10)
 
     def kill_a_worker(_: str) -> None:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        os.kill(int(multiprocessing.active_children()[0].pid or 0), signal.SIGKILL)
         time.sleep(0.3)
 
     start = time.monotonic()
@@ -247,4 +249,4 @@ def test_reading_waits_for_writing(tmp_path: Path, model: str, monkeypatch: pyte
 @pytest.mark.parametrize(("option", "value"), [("workers", 0), ("valid_fraction", 1.0), ("on_bad_line", "ignore")])
 def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, model: str, option: str, value: object) -> None:
     with pytest.raises(DataError, match=option):
-        preprocess(["x"], str(tmp_path / "p"), TYPE, model, **{option: value})
+        preprocess(["x"], str(tmp_path / "p"), TYPE, model, **{option: value})  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+"""A stopped and resumed run equals one never stopped, byte for byte; a checkpoint loads on other layouts bit-equal."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import assemble, run_ranks
+from tiny_runs import tiny_config, tiny_prepared
+
+from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
+from megapoly.checkpoint.state import pieces, training_state
+from megapoly.config import Config
+from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.model.count import parameter_shapes
+from megapoly.parallel.mesh import Mesh
+from megapoly.train.loop import train
+from megapoly.train.setup import Run, build_run
+
+STEPS = 6
+
+
+def whole_state(run: Run) -> dict[str, torch.Tensor]:
+    return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
+
+
+def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
+    """Train, resuming from the run's own checkpoint where there is one."""
+    prepared = tiny_prepared(cfg)
+    assert cfg.checkpoint.save is not None
+    if Path(cfg.checkpoint.save, "latest").exists():
+        prepared = dataclasses.replace(
+            prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True
+        )
+    run = build_run(prepared, mesh)
+    train(run)
+    return whole_state(run)
+
+
+def rows(cfg: Config) -> list[dict[str, Any]]:
+    text = Path(cfg.logging.run_dir, "metrics.jsonl").read_text()
+    timeless = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
+    return [{k: v for k, v in json.loads(line).items() if k not in timeless} for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp", "family", "bf16"), [(2, 2, 2, "gpt2", False), (1, 1, 1, "llama", True)])
+def test_resume_is_bit_equal(
+    tp: int, pp: int, dp: int, family: str, bf16: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "bf16": bf16}
+    straight = tiny_config(tmp_path, family, STEPS, run_dir=str(tmp_path / "straight"), **layout)
+    parts = {"run_dir": str(tmp_path / "parts"), **layout}
+    expected = run_ranks(run_to_end, straight, tp=tp, pp=pp, dp=dp)[0]
+    # Step 2 lies within the first stage, step 3 on its border (exit_interval stops at every multiple).
+    run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, exit_interval=2, **parts), tp=tp, pp=pp, dp=dp)
+    run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, exit_interval=3, **parts), tp=tp, pp=pp, dp=dp)
+    resumed = run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, **parts), tp=tp, pp=pp, dp=dp)[0]
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), f"{name} differs after resuming"
+    assert rows(tiny_config(tmp_path, family, STEPS, **parts)) == rows(straight)
+    assert "resuming" in capfd.readouterr().out
+
+
+def saved(tmp_path: Path, family: str = "gpt2", tp: int = 2, pp: int = 2, dp: int = 2) -> tuple[Config, Any]:
+    cfg = tiny_config(
+        tmp_path, family, 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    )
+    return cfg, run_ranks(run_to_end, cfg, tp=tp, pp=pp, dp=dp)[0]
+
+
+def load_state(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
+    run = build_run(tiny_prepared(cfg), mesh)
+    load_checkpoint(find_checkpoint(cfg.logging.run_dir), run.optimizer)
+    return whole_state(run)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 1, 2)])
+def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], tmp_path: Path) -> None:
+    tp, pp, dp = layout
+    cfg, expected = saved(tmp_path)
+    parallel = dataclasses.replace(
+        cfg.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    )
+    batch = dataclasses.replace(cfg.train, global_batch_size=6)
+    other = dataclasses.replace(cfg, parallel=parallel, train=batch)
+    loaded = run_ranks(load_state, other, tp=tp, pp=pp, dp=dp)[0]
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_padding_is_never_on_disk(tmp_path: Path) -> None:
+    saved(tmp_path)
+    reader = CheckpointReader.open(tmp_path / "run")
+    assert reader.get("embedding.word.weight").shape == (1003, 144)
+    assert dict(parameter_shapes(reader.config.model, 1003)).keys() == set(reader.names)
+
+
+def test_latest_is_found_from_run_checkpoints_and_step(tmp_path: Path) -> None:
+    saved(tmp_path, tp=1, pp=1, dp=1)
+    step = tmp_path / "run/checkpoints/step_00000002"
+    assert find_checkpoint(tmp_path / "run") == find_checkpoint(tmp_path / "run/checkpoints") == find_checkpoint(step) == step
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "lying shape", "path", "not json", "other model", "pointer"])
+def test_a_damaged_checkpoint_gives_one_clear_line(damage: str, tmp_path: Path) -> None:
+    cfg, _ = saved(tmp_path, tp=1, pp=1, dp=1)
+    folder = find_checkpoint(tmp_path / "run")
+    shard, metadata = folder / "shard_00000.safetensors", folder / "metadata.json"
+    tree = json.loads(metadata.read_text())
+    named = folder
+    if damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "remove":
+        shard.unlink()
+    elif damage == "lying shape":
+        tree["tensors"]["model.final_norm.weight"]["shape"] = [10**12]
+    elif damage == "path":
+        tree["tensors"]["model.final_norm.weight"]["chunks"][0][2] = "../../etc/passwd"
+    elif damage == "other model":
+        cfg = tiny_config(tmp_path, "gpt2", 2, hidden_size=72)
+    if damage in ("lying shape", "path"):
+        metadata.write_text(json.dumps(tree))
+    if damage == "not json":
+        metadata.write_text("{")
+    if damage == "pointer":
+        named = folder.parent / "latest"
+        named.write_text("../../../etc")
+    with pytest.raises(MegapolyError) as caught:
+        reader = CheckpointReader.open(tmp_path / "run")
+        check_same_model(reader, cfg.model, 1003, parameter_shapes(cfg.model, 1003))
+        run_ranks(load_state, cfg)
+    assert str(named) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_half_written_checkpoint_is_never_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, _ = saved(tmp_path, tp=1, pp=1, dp=1)
+    before = find_checkpoint(cfg.logging.run_dir)
+
+    def fails(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("megapoly.checkpoint.save.write_json", fails)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000002")
+    (tmp_path / "run/checkpoints/latest").unlink()
+    with pytest.raises(OSError, match="disk full"):
+        run_ranks(run_to_end, cfg)
+    with pytest.raises(CheckpointError):
+        find_checkpoint(cfg.logging.run_dir)
+    assert not before.exists()
