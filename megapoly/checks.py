@@ -29,9 +29,7 @@ def check_model(m: ModelConfig) -> None:
             f"num_query_groups ({m.num_kv_heads}) must divide num_attention_heads ({m.num_attention_heads})"
         )
     if m.max_positions < m.seq_length:
-        raise ConfigError(
-            f"max_position_embeddings ({m.max_positions}) must be at least seq_length ({m.seq_length})"
-        )
+        raise ConfigError(f"max_position_embeddings ({m.max_positions}) must be at least seq_length ({m.seq_length})")
     if m.position_embedding_type == "rope":
         if not 0 < m.rotary_percent <= 1:
             raise ConfigError(f"rotary_percent ({m.rotary_percent}) must lie in (0, 1]")

@@ -22,7 +22,7 @@ def _hint(leaf: str) -> Any:
 
 
 def _is(hint: Any, kind: type) -> bool:
-    members = typing.get_args(hint) if not typing.get_origin(hint) == list else (hint,)
+    members = typing.get_args(hint) if typing.get_origin(hint) is not list else (hint,)
     return hint is kind or kind in members or any(typing.get_origin(m) is kind for m in members)
 
 

@@ -95,7 +95,9 @@ class TokenizerConfig:
         None, "its file (.model) or directory / tokenizer.json (default data_root/tokenizer.model)"
     )
     vocab_size: int | None = option(None, "rows of the embedding before padding (default: the tokenizer's size)")
-    make_vocab_size_divisible_by: int = option(128, "each tensor-parallel shard of the vocabulary is a multiple of this")
+    make_vocab_size_divisible_by: int = option(
+        128, "each tensor-parallel shard of the vocabulary is a multiple of this"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

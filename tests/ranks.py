@@ -17,7 +17,9 @@ from megapoly.checkpoint.state import Piece
 from megapoly.parallel.mesh import make_mesh, single_process_mesh
 
 
-def _rank(fn: Callable[..., Any], args: tuple, rank: int, tp: int, pp: int, world: int, store: str, results: Any) -> None:
+def _rank(
+    fn: Callable[..., Any], args: tuple, rank: int, tp: int, pp: int, world: int, store: str, results: Any
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -80,5 +82,3 @@ def assemble(pieces: list[Piece]) -> dict[str, Tensor]:
     for name, count in times.items():
         assert (count == 1).all(), f"{name}: entries come {count.min()} to {count.max()} times"
     return whole
-
-

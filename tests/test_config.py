@@ -14,7 +14,9 @@ from megapoly.yaml12 import parse_yaml
 
 
 def test_yaml_scalars_are_those_of_yaml_1_2() -> None:
-    tree = parse_yaml("a: no\nb: 638e9\nc: 3e-5\nd: true\ne: 1:30\nf: 2020-01-01\ng: 0o17\nh: 0x1F\ni: ~\nj: 010\n", "t")
+    tree = parse_yaml(
+        "a: no\nb: 638e9\nc: 3e-5\nd: true\ne: 1:30\nf: 2020-01-01\ng: 0o17\nh: 0x1F\ni: ~\nj: 010\n", "t"
+    )
     assert tree == {
         "a": "no", "b": 638e9, "c": 3e-5, "d": True, "e": "1:30", "f": "2020-01-01", "g": 15, "h": 31, "i": None, "j": 10,
     }  # fmt: skip
@@ -74,8 +76,22 @@ def test_unknown_presets_and_files_name_the_nearest() -> None:
 
 def test_flags_take_megatrons_forms() -> None:
     flags, rest = parse_flags(
-        "--tensor-model-parallel-size 2 --bf16 --lr=3e-5 --pipeline-layer-split 3,2 --swiglu --no-tensorboard "
-        "--sequence-parallel false --save 0123 word --unknown".split()
+        [
+            "--tensor-model-parallel-size",
+            "2",
+            "--bf16",
+            "--lr=3e-5",
+            "--pipeline-layer-split",
+            "3,2",
+            "--swiglu",
+            "--no-tensorboard",
+            "--sequence-parallel",
+            "false",
+            "--save",
+            "0123",
+            "word",
+            "--unknown",
+        ]
     )
     assert flags == {
         "tensor_model_parallel_size": 2, "bf16": True, "lr": 3e-5, "pipeline_layer_split": [3, 2], "activation": "swiglu",

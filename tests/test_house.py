@@ -9,10 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = (
-    "errors yaml12 config checks cli log tokenizer data parallel model optim checkpoint hf adapt generate plan train evaluate"
-).split()
-SOURCES = sorted([*ROOT.glob("megapoly/**/*.py"), *ROOT.glob("kernels/megapoly_kernels/*.py"), *ROOT.glob("tools/*.py")])
+ORDER = [
+    "errors",
+    "yaml12",
+    "config",
+    "checks",
+    "cli",
+    "log",
+    "tokenizer",
+    "data",
+    "parallel",
+    "model",
+    "optim",
+    "checkpoint",
+    "hf",
+    "adapt",
+    "generate",
+    "plan",
+    "train",
+    "evaluate",
+]
+SOURCES = sorted(
+    [*ROOT.glob("megapoly/**/*.py"), *ROOT.glob("kernels/megapoly_kernels/*.py"), *ROOT.glob("tools/*.py")]
+)
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megapoly.config import Config, ModelConfig, build, SECTIONS
+from megapoly.config import SECTIONS, Config, ModelConfig, build
 from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh

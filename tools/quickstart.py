@@ -14,7 +14,16 @@ from megapoly.data.corpus import prepare_corpus
 from megapoly.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ("The old clockmaker", "Der Zug nach", "El río", "Вечером мы", "图书馆", "아침에 우리는", "ในตอนเช้า", "في الصباح")
+PROMPTS = (
+    "The old clockmaker",
+    "Der Zug nach",
+    "El río",
+    "Вечером мы",
+    "图书馆",
+    "아침에 우리는",
+    "ในตอนเช้า",
+    "في الصباح",
+)
 
 
 def layout_flags() -> tuple[int, list[str]]:
@@ -22,7 +31,12 @@ def layout_flags() -> tuple[int, list[str]]:
     ranks = torch.cuda.device_count() or 8
     tp = 2 if ranks % 2 == 0 else 1
     pp = 2 if ranks % (2 * tp) == 0 else 1
-    return ranks, ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    sizes = {
+        "tensor-model-parallel-size": tp,
+        "pipeline-model-parallel-size": pp,
+        "micro-batch-size": 2 if ranks == 8 else 1,
+    }
+    return ranks, [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
 
 
 def step(title: str, command: list[str]) -> None:
@@ -37,7 +51,9 @@ def step(title: str, command: list[str]) -> None:
 def main() -> None:
     """Prepare the text, train on it, sample from the result, export it and load the export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="+", help="JSONL files of your own, {text, lang} a line (default: examples/data)")
+    parser.add_argument(
+        "--data", nargs="+", help="JSONL files of your own, {text, lang} a line (default: examples/data)"
+    )
     args, flags = parser.parse_known_args()
     begin = time.time()
     if args.data:

@@ -10,9 +10,7 @@ def layer_norm_reference(
     """The operation in plain torch; statistics in fp32 whatever the types."""
     if branch_TH is not None:
         residual_TH = residual_TH + branch_TH
-    normed_TH = F.layer_norm(
-        residual_TH.float(), (residual_TH.shape[-1],), weight_H.float(), bias_H.float(), eps
-    )
+    normed_TH = F.layer_norm(residual_TH.float(), (residual_TH.shape[-1],), weight_H.float(), bias_H.float(), eps)
     return normed_TH.to(weight_H.dtype), residual_TH
 
 

@@ -1,6 +1,7 @@
 """Finding and reading checkpoints."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,9 @@ def find_checkpoint(path: str | Path) -> Path:
             return folder / name
     if (path / "metadata.json").is_file():
         return path
-    raise CheckpointError(f"{path}: no checkpoint here (neither `latest` nor metadata.json); give a run or a step folder")
+    raise CheckpointError(
+        f"{path}: no checkpoint here (neither `latest` nor metadata.json); give a run or a step folder"
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,14 @@ class CheckpointReader:
     def state(self) -> dict[str, Any]:
         """state.json, checked for the entries that everyone needs."""
         state = read_json(self.folder / "state.json")
-        types = {"step": int, "samples": int, "vocab_size": int, "config": dict, "plan_fingerprint": str}
+        types = {
+            "step": int,
+            "samples": int,
+            "global_batch_size": int,
+            "vocab_size": int,
+            "plan_fingerprint": str,
+            "config": dict,
+        }
         for key, kind in types.items():
             if not isinstance(state, dict) or type(state.get(key)) is not kind:
                 raise CheckpointError(f"{self.folder / 'state.json'}: entry '{key}' is missing or no {kind.__name__}")
@@ -148,12 +158,14 @@ def load_checkpoint(folder: Path, optimizer: ShardedAdamW, weights_only: bool = 
     wanted = pieces(optimizer.buffers, {"model": state["model"]} if weights_only else state, for_saving=False)
     try:
         reader = Reader(folder)
-        dcp.load(
-            {"pieces": torch.empty(0)},
-            storage_reader=reader,
-            planner=PieceLoadPlanner(wanted),
-            no_dist=not dist.is_initialized(),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            dcp.load(
+                {"pieces": torch.empty(0)},  # the planner knows the pieces; an empty state would be read as "nothing"
+                storage_reader=reader,
+                planner=PieceLoadPlanner(wanted),
+                no_dist=not dist.is_initialized(),
+            )
     except CheckpointError as error:
         raise RankError(str(error)) from None
     except dcp.CheckpointException as error:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 class Batch:
     """One micro-batch: tokens and next-token labels, both int64 [batch, sequence].
 
-    `mask` is fp32 [batch, sequence], 1 where the label counts in the loss; `sources` is int64 [batch], the number of the
-    source that each sequence came from.
+    `mask` is fp32 [batch, sequence], 1 where the label counts in the loss; `sources` is int64 [batch], the number
+    of the source that each sequence came from.
     """
 
     tokens: NDArray[np.int64]

@@ -5,19 +5,18 @@ from torch import Tensor
 
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.model.transformer import Transformer
-from megapoly.parallel.mesh import single_process_mesh
+from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
-from megapoly.parallel.tensor import sharded_parameters
+from megapoly.parallel.tensor import Placement, sharded_parameters
 
 
 @torch.no_grad()
 def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> Transformer:
     """The whole model of a checkpoint of any layout, in its training type, on one device."""
     m = reader.config.model
-    mesh = single_process_mesh(device)
     stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
-    model = Transformer(reader.config, reader.vocab_size, stage, mesh.tp, reader.dtype, mesh.device)
-    model.sequence_parallel = False
+    place = Placement(Axis("tp"), sequence_parallel=False, dtype=reader.dtype, device=torch.device(device))
+    model = Transformer(reader.config, reader.vocab_size, stage, place)
     for name, parameter, shard in sharded_parameters(model):
         parameter.zero_()
         held = parameter if shard.dim is None else parameter.narrow(shard.dim, 0, shard.end - shard.begin)

@@ -1,12 +1,10 @@
 """Causal self-attention with grouped key/value heads, split by groups over tensor-parallel ranks."""
 
-import torch
 from megapoly_kernels import rotary_attention
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
-from megapoly.parallel.mesh import Axis
-from megapoly.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megapoly.parallel.tensor import ColumnParallelLinear, Placement, RowParallelLinear
 
 RotaryTable = tuple[Tensor, Tensor]  # cos and sin, each fp32 [positions, rotary_dim / 2]
 
@@ -18,20 +16,14 @@ class Attention(nn.Module):
     so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N.
     """
 
-    def __init__(
-        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, m: ModelConfig, place: Placement) -> None:
         super().__init__()
-        groups, head_dim = m.num_kv_heads, m.head_dim
-        self.queries = m.num_attention_heads // groups
-        self.qkv = ColumnParallelLinear(
-            (groups, self.queries + 2, head_dim, m.hidden_size), 0, tp,
-            bias=m.add_bias_linear, dtype=dtype, device=device,
-        )  # fmt: skip
+        self.queries = m.num_attention_heads // m.num_kv_heads
+        shape = (m.num_kv_heads, self.queries + 2, m.head_dim, m.hidden_size)
+        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear)
         self.output = RowParallelLinear(
-            m.num_attention_heads * head_dim, m.hidden_size, tp,
-            bias=m.add_bias_linear, sequence_parallel=sequence_parallel, dtype=dtype, device=device,
-        )  # fmt: skip
+            m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
+        )
 
     def forward(self, x_TH: Tensor, batch: int, table: RotaryTable | None) -> Tensor:
         """x_TH [batch x sequence, hidden] -> the branch, [tokens of this rank, hidden]."""

@@ -1,6 +1,5 @@
 """One transformer block: sequential residual (GPT-2, LLaMA) or parallel residual (GPT-NeoX)."""
 
-import torch
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
@@ -8,7 +7,7 @@ from megapoly.model.attention import Attention, RotaryTable
 from megapoly.model.mlp import Mlp
 from megapoly.model.norm import Norm
 from megapoly.parallel.collectives import enter_tensor_parallel
-from megapoly.parallel.mesh import Axis
+from megapoly.parallel.tensor import Placement
 
 
 class Block(nn.Module):
@@ -17,17 +16,13 @@ class Block(nn.Module):
     Sequential: x + attention(norm(x)), then x + mlp(norm(x)). Parallel: x + attention(norm1(x)) + mlp(norm2(x)).
     """
 
-    def __init__(
-        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, m: ModelConfig, place: Placement) -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel
-        self.parallel_residual = m.parallel_residual
-        kwargs = {"sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
-        self.attention_norm = Norm(m, tp, **kwargs)
-        self.attention = Attention(m, tp, **kwargs)
-        self.mlp_norm = Norm(m, tp, **kwargs)
-        self.mlp = Mlp(m, tp, **kwargs)
+        self.place, self.parallel_residual = place, m.parallel_residual
+        self.attention_norm = Norm(m, place)
+        self.attention = Attention(m, place)
+        self.mlp_norm = Norm(m, place)
+        self.mlp = Mlp(m, place)
 
     def forward(
         self, branch_tH: Tensor | None, residual_tH: Tensor, batch: int, table: RotaryTable | None
@@ -42,4 +37,4 @@ class Block(nn.Module):
         return self.mlp(self._enter(normed_tH)), residual_tH
 
     def _enter(self, x_tH: Tensor) -> Tensor:
-        return enter_tensor_parallel(x_tH, self.tp, self.sequence_parallel)
+        return enter_tensor_parallel(x_tH, self.place.tp, self.place.sequence_parallel)

@@ -1,29 +1,22 @@
 """The feed-forward half of a block: GELU with its bias fused, or a gated activation."""
 
-import torch
 from megapoly_kernels import bias_gelu, gated_activation
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
-from megapoly.parallel.mesh import Axis
-from megapoly.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megapoly.parallel.tensor import ColumnParallelLinear, Placement, RowParallelLinear
 
 
 class Mlp(nn.Module):
     """up, activation, down. A gated up-projection is one matrix [2, ffn, hidden] with the gate first."""
 
-    def __init__(
-        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, m: ModelConfig, place: Placement) -> None:
         super().__init__()
         self.activation = m.activation
         self.is_gated = m.is_gated
         shape, dim = ((2, m.ffn_size, m.hidden_size), 1) if m.is_gated else ((m.ffn_size, m.hidden_size), 0)
-        self.up = ColumnParallelLinear(shape, dim, tp, bias=m.add_bias_linear, dtype=dtype, device=device)
-        self.down = RowParallelLinear(
-            m.ffn_size, m.hidden_size, tp,
-            bias=m.add_bias_linear, sequence_parallel=sequence_parallel, dtype=dtype, device=device,
-        )  # fmt: skip
+        self.up = ColumnParallelLinear(shape, dim, place, bias=m.add_bias_linear)
+        self.down = RowParallelLinear(m.ffn_size, m.hidden_size, place, bias=m.add_bias_linear)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """x_TH [tokens, hidden] -> the branch, [tokens of this rank, hidden]."""

@@ -1,12 +1,10 @@
 """LayerNorm and RMSNorm as modules over the fused operations."""
 
-import torch
 from megapoly_kernels import layer_norm, rms_norm
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
-from megapoly.parallel.mesh import Axis
-from megapoly.parallel.tensor import sharded_parameter
+from megapoly.parallel.tensor import Placement, sharded_parameter
 
 
 class Norm(nn.Module):
@@ -15,20 +13,14 @@ class Norm(nn.Module):
     Under sequence parallel a rank sees only its tokens, so that its gradient is a part of the sum over the axis.
     """
 
-    def __init__(
-        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, m: ModelConfig, place: Placement) -> None:
         super().__init__()
         self.eps = m.norm_epsilon
-        shape = (m.hidden_size,)
-        self.weight = sharded_parameter(
-            shape, None, tp, "ones", is_partial=sequence_parallel, dtype=dtype, device=device
-        )
+        is_partial = place.sequence_parallel
+        self.weight = sharded_parameter((m.hidden_size,), None, place, "ones", is_partial=is_partial)
         self.bias: nn.Parameter | None = None
         if m.normalization == "LayerNorm":
-            self.bias = sharded_parameter(
-                shape, None, tp, "zeros", is_partial=sequence_parallel, dtype=dtype, device=device
-            )
+            self.bias = sharded_parameter((m.hidden_size,), None, place, "zeros", is_partial=is_partial)
 
     def forward(self, branch_tH: Tensor | None, residual_tH: Tensor) -> tuple[Tensor, Tensor]:
         """(branch or None, residual), both [tokens, hidden] -> (normed in the weights' type, new residual)."""

@@ -10,22 +10,24 @@ from megapoly.config import Config, ModelConfig
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
 from megapoly.parallel.collectives import enter_tensor_parallel
-from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
-from megapoly.parallel.tensor import ColumnParallelLinear, Shard, VocabParallelEmbedding, shard_of, sharded_parameter
+from megapoly.parallel.tensor import (
+    ColumnParallelLinear,
+    Placement,
+    Shard,
+    VocabParallelEmbedding,
+    shard_of,
+    sharded_parameter,
+)
 
 
 class PositionEmbedding(nn.Module):
     """Learned absolute positions, whole on every rank."""
 
-    def __init__(
-        self, m: ModelConfig, tp: Axis, *, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, m: ModelConfig, place: Placement) -> None:
         super().__init__()
-        self.weight = sharded_parameter(
-            (m.max_positions, m.hidden_size), None, tp, "normal",
-            is_partial=sequence_parallel, dtype=dtype, device=device,
-        )  # fmt: skip
+        shape = (m.max_positions, m.hidden_size)
+        self.weight = sharded_parameter(shape, None, place, "normal", is_partial=place.sequence_parallel)
 
     def forward(self, positions_t: Tensor) -> Tensor:
         """Positions [tokens] -> [tokens, hidden]."""
@@ -39,32 +41,25 @@ class Transformer(nn.Module):
     stage than the embedding holds a copy of `embedding.word.weight`.
     """
 
-    def __init__(
-        self, cfg: Config, vocab_size: int, stage: Stage, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, cfg: Config, vocab_size: int, stage: Stage, place: Placement) -> None:
         super().__init__()
         m = cfg.model
-        self.m, self.tp, self.stage, self.vocab_size = m, tp, stage, vocab_size
-        self.sequence_parallel = cfg.parallel.sequence_parallel
-        self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else dtype
-        padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, tp.size)
-        kwargs = {"sequence_parallel": self.sequence_parallel, "dtype": dtype, "device": device}
+        self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
+        self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
+        padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
         if stage.has_embedding or (stage.has_head and m.tied):
-            self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, tp, **kwargs)
+            self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
-            self.embedding["position"] = PositionEmbedding(m, tp, **kwargs)
-        self.layers = nn.ModuleDict({str(i): Block(m, tp, **kwargs) for i in stage.layers})
+            self.embedding["position"] = PositionEmbedding(m, place)
+        self.layers = nn.ModuleDict({str(i): Block(m, place) for i in stage.layers})
         if stage.has_head:
-            self.final_norm = Norm(m, tp, **kwargs)
+            self.final_norm = Norm(m, place)
             if not m.tied:
-                self.head = ColumnParallelLinear(
-                    (vocab_size, m.hidden_size), 0, tp, bias=False, padded=padded, dtype=dtype, device=device
-                )
+                self.head = ColumnParallelLinear((vocab_size, m.hidden_size), 0, place, bias=False, padded=padded)
         self.table: tuple[Tensor, Tensor] | None = None
         if m.rotary_dim:
-            table_device = "cpu" if device.type == "meta" else device
-            self.table = rotary_table(m.max_positions, m.rotary_dim, m.rotary_base, table_device)
+            self.table = rotary_table(m.max_positions, m.rotary_dim, m.rotary_base, place.device)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -98,12 +93,12 @@ class Transformer(nn.Module):
         hidden_tH: Tensor = self.embedding["word"](tokens_BS.flatten())
         if "position" in self.embedding:
             position_T = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(tokens_BS.shape[0])
-            if self.sequence_parallel:
-                position_T = position_T.chunk(self.tp.size)[self.tp.rank]
+            if self.place.sequence_parallel:
+                position_T = position_T.chunk(self.place.tp.size)[self.place.tp.rank]
             hidden_tH = hidden_tH + self.embedding["position"](position_T)
         return hidden_tH.to(self.residual_dtype)
 
     def logits(self, normed_tH: Tensor) -> Tensor:
         """Normed hidden states -> this rank's columns of the logits, [all tokens, vocabulary rows of this shard]."""
-        normed_TH = enter_tensor_parallel(normed_tH, self.tp, self.sequence_parallel)
+        normed_TH = enter_tensor_parallel(normed_tH, self.place.tp, self.place.sequence_parallel)
         return F.linear(normed_TH, self.head_weight)

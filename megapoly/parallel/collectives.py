@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megapoly.parallel.mesh import Axis
 
-
 # torch 2.13 renamed these two; 2.11 knows the older names only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -37,23 +37,38 @@ class Shard:
         return tuple(self.begin if d == self.dim else 0 for d in range(len(self.shape)))
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How the modules of a rank are placed: their tensor-parallel axis, type and device."""
+
+    tp: Axis
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
 def sharded_parameter(
-    shape: tuple[int, ...], dim: int | None, axis: Axis, init: str, *,
-    padded: int | None = None, is_partial: bool = False, dtype: torch.dtype, device: torch.device,
-) -> nn.Parameter:  # fmt: skip
+    shape: tuple[int, ...],
+    dim: int | None,
+    place: Placement,
+    init: str,
+    *,
+    padded: int | None = None,
+    is_partial: bool = False,
+) -> nn.Parameter:
     """An empty parameter that holds this rank's part of `shape` along `dim`; `padded` is dim's size with padding."""
     if dim is None:
         shard = Shard(shape, None, 0, 0, init, is_partial)
         local = shape
     else:
         whole = padded or shape[dim]
-        if whole % axis.size:
-            raise ConfigError(f"{axis.name} ({axis.size}) must divide a dimension of {whole}")
-        size = whole // axis.size
-        begin = min(axis.rank * size, shape[dim])
+        if whole % place.tp.size:
+            raise ConfigError(f"tensor_model_parallel_size ({place.tp.size}) must divide a dimension of {whole}")
+        size = whole // place.tp.size
+        begin = min(place.tp.rank * size, shape[dim])
         shard = Shard(shape, dim, begin, min(begin + size, shape[dim]), init, is_partial)
         local = (*shape[:dim], size, *shape[dim + 1 :])
-    parameter = nn.Parameter(torch.empty(local, dtype=dtype, device=device))
+    parameter = nn.Parameter(torch.empty(local, dtype=place.dtype, device=place.device))
     parameter.shard = shard  # type: ignore[attr-defined]
     return parameter
 
@@ -74,23 +89,21 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with W split by output features: the input is whole, the output is this rank's features.
 
     `shape` is W's whole shape; all its dimensions but the last are output dimensions, and `dim` is the one that is
-    split. The bias is not added but left to the next fused operation where `skip_bias_add`.
+    split (its size with padding is `padded`).
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dim: int, axis: Axis, *,
-        bias: bool, dtype: torch.dtype, device: torch.device, init: str = "normal", padded: int | None = None,
-    ) -> None:  # fmt: skip
+        self, shape: tuple[int, ...], dim: int, place: Placement, *, bias: bool, padded: int | None = None
+    ) -> None:
         super().__init__()
-        self.weight = sharded_parameter(shape, dim, axis, init, padded=padded, dtype=dtype, device=device)
-        self.bias = (
-            sharded_parameter(shape[:-1], dim, axis, "zeros", padded=padded, dtype=dtype, device=device)
-            if bias
-            else None
-        )
+        self.weight = sharded_parameter(shape, dim, place, "normal", padded=padded)
+        self.bias = sharded_parameter(shape[:-1], dim, place, "zeros", padded=padded) if bias else None
 
     def forward(self, x_TH: Tensor, skip_bias_add: bool = False) -> Tensor:
-        """x_TH [tokens, in], already entered into tensor parallelism -> [tokens, *local output dimensions]."""
+        """x_TH [tokens, in], already entered into tensor parallelism -> [tokens, *local output dimensions].
+
+        With skip_bias_add the bias is left to the next fused operation.
+        """
         bias = None if self.bias is None or skip_bias_add else self.bias.flatten()
         y_Tf = F.linear(x_TH, self.weight.flatten(0, -2), bias)
         return y_Tf.unflatten(-1, self.weight.shape[:-1])
@@ -102,41 +115,27 @@ class RowParallelLinear(nn.Module):
     Under sequence parallel the sum is scattered over tokens, and the bias gets only this rank's tokens' gradient.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, axis: Axis, *,
-        bias: bool, sequence_parallel: bool, dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, place: Placement, *, bias: bool) -> None:
         super().__init__()
-        self.axis, self.sequence_parallel = axis, sequence_parallel
-        self.weight = sharded_parameter(
-            (out_features, in_features), 1, axis, "output_normal", dtype=dtype, device=device
-        )
-        self.bias = (
-            sharded_parameter(
-                (out_features,), None, axis, "zeros", is_partial=sequence_parallel, dtype=dtype, device=device
-            )
-            if bias
-            else None
-        )
+        self.place = place
+        self.weight = sharded_parameter((out_features, in_features), 1, place, "output_normal")
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = sharded_parameter((out_features,), None, place, "zeros", is_partial=place.sequence_parallel)
 
     def forward(self, x_Tf: Tensor) -> Tensor:
         """x_Tf [tokens, this rank's inputs] -> [tokens or this rank's tokens, out]."""
-        y_tH = leave_tensor_parallel(F.linear(x_Tf, self.weight), self.axis, self.sequence_parallel)
+        y_tH = leave_tensor_parallel(F.linear(x_Tf, self.weight), self.place.tp, self.place.sequence_parallel)
         return y_tH if self.bias is None else y_tH + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
     """Rows of the vocabulary split over ranks; each looks up its own and the sum completes the rest."""
 
-    def __init__(
-        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, axis: Axis, *,
-        sequence_parallel: bool, dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
+    def __init__(self, vocab_size: int, padded_vocab_size: int, hidden_size: int, place: Placement) -> None:
         super().__init__()
-        self.axis, self.sequence_parallel = axis, sequence_parallel
-        self.weight = sharded_parameter(
-            (vocab_size, hidden_size), 0, axis, "normal", padded=padded_vocab_size, dtype=dtype, device=device
-        )
+        self.place = place
+        self.weight = sharded_parameter((vocab_size, hidden_size), 0, place, "normal", padded=padded_vocab_size)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """Token ids [tokens] -> [tokens or this rank's tokens, hidden]."""
@@ -144,6 +143,4 @@ class VocabParallelEmbedding(nn.Module):
         local_T = tokens_T - shard.begin
         is_here_T = (local_T >= 0) & (local_T < shard.end - shard.begin)
         rows_TH = F.embedding(torch.where(is_here_T, local_T, 0), self.weight) * is_here_T[:, None]
-        return leave_tensor_parallel(rows_TH, self.axis, self.sequence_parallel)
-
-
+        return leave_tensor_parallel(rows_TH, self.place.tp, self.place.sequence_parallel)

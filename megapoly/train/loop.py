@@ -67,7 +67,9 @@ def train(run: Run) -> None:
                 console.say(f"  saved {folder}")
             metrics.start_clock()
         if due.exit:
-            console.say(f"stopped after step {step} (exit_interval {cfg.train.exit_interval}); the same command goes on")
+            console.say(
+                f"stopped after step {step} (exit_interval {cfg.train.exit_interval}); the same command goes on"
+            )
             break
     metrics.close()
 
@@ -78,7 +80,7 @@ def introduce(run: Run) -> None:
     console = run.console
     console.say(
         f"model: {num_parameters(cfg.model, p.vocab_size):,} parameters, {cfg.model.num_layers} layers x "
-        f"{cfg.model.hidden_size}, vocabulary {p.vocab_size:,}, {str(run.buffers.params.dtype).removeprefix('torch.')}; "
+        f"{cfg.model.hidden_size}, vocabulary {p.vocab_size:,}, {'bf16' if cfg.precision.bf16 else 'fp32'}; "
         f"{flops_per_token(cfg.model, p.vocab_size) / 1e9:.3g} GFLOP a token"
     )
     console.say(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megapoly.log import Console, duration
+from megapoly.log import Console
 from megapoly.model.count import flops_per_token
 from megapoly.train.setup import Run
 from megapoly.train.step import StepStats
@@ -75,7 +75,9 @@ class Metrics:
 
     def read(self) -> dict[str, Any]:
         """Read the pending steps from the device; returns the last one's row, which may still be added to."""
-        values = [(step, s.by_source.tolist(), s.grad_norm.item(), s.params_norm.item(), s.lr) for step, s in self._pending]
+        values = [
+            (step, s.by_source.tolist(), s.grad_norm.item(), s.params_norm.item(), s.lr) for step, s in self._pending
+        ]
         seconds = (time.perf_counter() - self._clock) / len(values)
         self._rows = [self._row(*value, seconds) for value in values]
         self._pending.clear()

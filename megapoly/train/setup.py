@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
+from megapoly.checkpoint.load import CheckpointReader, check_same_model
 from megapoly.checks import check
 from megapoly.config import Config
 from megapoly.data.curriculum import Plan, make_plan, open_sources
@@ -28,6 +28,7 @@ from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
 from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.stage import make_stage, split_layers
+from megapoly.parallel.tensor import Placement
 from megapoly.tokenizer.load import Tokenizer, load_tokenizer
 
 
@@ -101,26 +102,26 @@ def run_length(cfg: Config, plan: Plan) -> tuple[int, int]:
 
 
 def _starting_point(cfg: Config, plan: Plan) -> tuple[CheckpointReader | None, bool]:
+    """The checkpoint to start from and whether it is this run's own; refuses one whose past this plan would change."""
     assert cfg.checkpoint.save is not None
-    if (Path(cfg.checkpoint.save) / "latest").exists():
-        reader = CheckpointReader.open(cfg.checkpoint.save)
-        if reader.state["plan_fingerprint"] != plan.fingerprint():
+    is_resume = (Path(cfg.checkpoint.save) / "latest").exists()
+    if not is_resume and cfg.checkpoint.load is None:
+        return None, False
+    reader = CheckpointReader.open(cfg.checkpoint.save if is_resume else str(cfg.checkpoint.load))
+    if is_resume or not cfg.checkpoint.finetune:
+        if "exp_avg.final_norm.weight" not in reader.records:
+            raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
+        if reader.state["plan_fingerprint"] != plan.fingerprint(int(reader.state["samples"])):
             raise CheckpointError(
-                f"{reader.folder}: the run was made with another data plan (sources, tokens, stages, seed or block "
-                "length changed); take another --run-dir, or --load it with --finetune"
+                f"{reader.folder}: its {reader.state['samples']} samples came from another data plan (sources, tokens, "
+                "stages, seed or block length changed); take another --run-dir, or --load it with --finetune"
             )
         if reader.state["global_batch_size"] != cfg.train.global_batch_size:
             raise CheckpointError(
                 f"{reader.folder}: the run has global_batch_size {reader.state['global_batch_size']}, "
                 f"not {cfg.train.global_batch_size}; steps would no longer mean the same samples"
             )
-        return reader, True
-    if cfg.checkpoint.load is not None:
-        reader = CheckpointReader.open(find_checkpoint(cfg.checkpoint.load))
-        if not cfg.checkpoint.finetune and "exp_avg.final_norm.weight" not in reader.records:
-            raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
-        return reader, False
-    return None, False
+    return reader, is_resume
 
 
 def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
@@ -137,9 +138,7 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     checkpoint, is_resume = _starting_point(cfg, plan)
     if checkpoint is not None:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
-    return Prepared(
-        cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, num_steps, checkpoint, is_resume
-    )
+    return Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, num_steps, checkpoint, is_resume)
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,14 @@ class Run:
     def checkpoint_state(self, step: int) -> dict[str, Any]:
         """What state.json keeps beside the tensors."""
         size = self.cfg.train.global_batch_size
+        samples = min(step * size, self.prepared.num_samples)
         return {
             "step": step,
-            "samples": min(step * size, self.prepared.num_samples),
+            "samples": samples,
             "global_batch_size": size,
             "vocab_size": self.prepared.vocab_size,
             "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
-            "plan_fingerprint": self.prepared.plan.fingerprint(),
+            "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "layout": {"tp": self.mesh.tp.size, "pp": self.mesh.pp.size, "dp": self.mesh.dp.size},
             "config": self.cfg.to_dict(),
         }
@@ -190,7 +190,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     cfg, m = prepared.cfg, prepared.cfg.model
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size, mesh.pp.size)
-    model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), mesh.tp, dtype, mesh.device)
+    place = Placement(mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device)
+    model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), place)
     initialize(model, cfg.train.seed)
     buffers = FlatBuffers(model, mesh, m.tied)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)

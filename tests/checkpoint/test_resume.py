@@ -32,9 +32,7 @@ def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     prepared = tiny_prepared(cfg)
     assert cfg.checkpoint.save is not None
     if Path(cfg.checkpoint.save, "latest").exists():
-        prepared = dataclasses.replace(
-            prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True
-        )
+        prepared = dataclasses.replace(prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True)
     run = build_run(prepared, mesh)
     train(run)
     return whole_state(run)
@@ -66,9 +64,7 @@ def test_resume_is_bit_equal(
 
 
 def saved(tmp_path: Path, family: str = "gpt2", tp: int = 2, pp: int = 2, dp: int = 2) -> tuple[Config, Any]:
-    cfg = tiny_config(
-        tmp_path, family, 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
-    )
+    cfg = tiny_config(tmp_path, family, 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     return cfg, run_ranks(run_to_end, cfg, tp=tp, pp=pp, dp=dp)[0]
 
 
@@ -82,9 +78,7 @@ def load_state(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
 def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], tmp_path: Path) -> None:
     tp, pp, dp = layout
     cfg, expected = saved(tmp_path)
-    parallel = dataclasses.replace(
-        cfg.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
-    )
+    parallel = dataclasses.replace(cfg.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     batch = dataclasses.replace(cfg.train, global_batch_size=6)
     other = dataclasses.replace(cfg, parallel=parallel, train=batch)
     loaded = run_ranks(load_state, other, tp=tp, pp=pp, dp=dp)[0]
@@ -102,7 +96,12 @@ def test_padding_is_never_on_disk(tmp_path: Path) -> None:
 def test_latest_is_found_from_run_checkpoints_and_step(tmp_path: Path) -> None:
     saved(tmp_path, tp=1, pp=1, dp=1)
     step = tmp_path / "run/checkpoints/step_00000002"
-    assert find_checkpoint(tmp_path / "run") == find_checkpoint(tmp_path / "run/checkpoints") == find_checkpoint(step) == step
+    assert (
+        find_checkpoint(tmp_path / "run")
+        == find_checkpoint(tmp_path / "run/checkpoints")
+        == find_checkpoint(step)
+        == step
+    )
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         find_checkpoint(tmp_path)
 

@@ -23,6 +23,7 @@ from megapoly.hf.names import hf_family, table
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
+from megapoly.parallel.tensor import Placement
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 101  # odd and prime: padding to any multiple would show
@@ -136,7 +137,7 @@ def reference_logits(m: ModelConfig, p: dict[str, Tensor], tokens_BS: Tensor) ->
 def megapoly_logits(m: ModelConfig, tensors: dict[str, Tensor], tokens_BS: Tensor) -> Tensor:
     """The same by megapoly's own model on one process."""
     stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
-    model = Transformer(Config(model=m), VOCAB, stage, Axis("tp"), torch.float32, torch.device("cpu"))
+    model = Transformer(Config(model=m), VOCAB, stage, Placement(Axis("tp"), False, torch.float32, torch.device("cpu")))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.zero_()[tuple(slice(size) for size in tensors[name].shape)] = tensors[name]

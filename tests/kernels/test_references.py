@@ -124,7 +124,10 @@ def test_gelu_and_gates() -> None:
     gate, linear = z.view(5, 2, 7).unbind(1)
     got = gated_activation(x.view(5, 2, 7), bias.view(2, 7), "swiglu")
     close(got, gate * torch.sigmoid(gate) * linear)
-    close(gated_activation(x.view(5, 2, 7), bias.view(2, 7), "geglu"), 0.5 * gate * (1 + torch.erf(gate / 2**0.5)) * linear)
+    close(
+        gated_activation(x.view(5, 2, 7), bias.view(2, 7), "geglu"),
+        0.5 * gate * (1 + torch.erf(gate / 2**0.5)) * linear,
+    )
 
 
 def shard_loss(mesh: Mesh, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

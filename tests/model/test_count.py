@@ -11,7 +11,7 @@ from megapoly.model.count import flops_per_token, num_parameters, parameter_shap
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
-from megapoly.parallel.tensor import sharded_parameters
+from megapoly.parallel.tensor import Placement, sharded_parameters
 
 COUNTS = {
     "polylm-1.7b": 1_737_084_928,
@@ -32,7 +32,8 @@ def build(name: str, tp: Axis) -> Transformer:
     cfg = load_config(name)
     stage = Stage(0, cfg.model.num_layers, has_embedding=True, has_head=True)
     assert cfg.tokenizer.vocab_size is not None
-    return Transformer(cfg, cfg.tokenizer.vocab_size, stage, tp, torch.bfloat16, torch.device("meta"))
+    place = Placement(tp, sequence_parallel=False, dtype=torch.bfloat16, device=torch.device("meta"))
+    return Transformer(cfg, cfg.tokenizer.vocab_size, stage, place)
 
 
 @pytest.mark.parametrize("name", COUNTS)

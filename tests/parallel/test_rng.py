@@ -6,7 +6,9 @@ import torch
 from megapoly.parallel.rng import key, normal_shard
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((1003, 24), 0), ((24, 1003), 1), ((2, 300, 7), 1), ((9000, 3), 0), ((5,), 0)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((1003, 24), 0), ((24, 1003), 1), ((2, 300, 7), 1), ((9000, 3), 0), ((5,), 0)]
+)
 def test_shards_are_slices_of_the_whole(shape: tuple[int, ...], dim: int) -> None:
     whole = normal_shard(shape, 0.5, 1, "x", None, 0, 0)
     assert whole.shape == shape
@@ -19,7 +21,10 @@ def test_draws_are_normal_and_depend_on_seed_and_name() -> None:
     assert a.mean().abs() < 5 * 0.02 / 200_000**0.5
     assert a.std().item() == pytest.approx(0.02, rel=0.01)
     assert (a.abs() > 3 * 0.02).double().mean().item() == pytest.approx(0.0027, rel=0.15)
-    for other in (normal_shard((500, 400), 0.02, 2, "a", None, 0, 0), normal_shard((500, 400), 0.02, 1, "b", None, 0, 0)):
+    for other in (
+        normal_shard((500, 400), 0.02, 2, "a", None, 0, 0),
+        normal_shard((500, 400), 0.02, 1, "b", None, 0, 0),
+    ):
         assert torch.corrcoef(torch.stack([a.flatten(), other.flatten()]))[0, 1].abs() < 0.02
 
 

@@ -1,0 +1,186 @@
+"""The commands as a user types them: torchrun, bash, two agents; and what bad input ends in."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megapoly.data.corpus import prepare_corpus
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --train-iters 3 --no-tensorboard".split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of the examples, prepared once."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_corpus([str(path) for path in sorted((ROOT / "examples/data").glob("*.jsonl"))], str(folder))
+    return folder
+
+
+def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+
+
+def flags(data: Path, run_dir: str) -> list[str]:
+    return ["--data-root", str(data), "--run-dir", run_dir, *SMALL]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["pretrain_polylm", "pretrain_polyglot_ko", "pretrain_gecko"])
+def test_torchrun_starts_the_script_and_a_second_start_knows_that_it_is_finished(
+    script: str, data: Path, tmp_path: Path
+) -> None:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(ROOT / f"examples/{script}.sh")]
+    first = run([*command, *flags(data, "run")], tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "no --config given: " in first.stdout and "tiny" in first.stdout
+    assert "TP 1 x PP 1 x DP 2" in first.stdout and "starting run anew" in first.stdout
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["num_layers"] == 2
+    assert len(losses(tmp_path / "run")) == 3
+    again = run([*command, *flags(data, "run")], tmp_path)
+    assert again.returncode == 0 and "is finished (3 steps)" in again.stdout
+
+
+def test_bash_starts_the_same_file(data: Path, tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run(["bash", str(ROOT / "examples/pretrain_polylm.sh"), *flags(data, "run")], tmp_path, NPROC="2", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "DP 2" in done.stdout and len(losses(tmp_path / "run")) == 3
+
+
+def test_two_agents_train_as_one(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    agents = [
+        subprocess.Popen(
+            [
+                *TORCHRUN,
+                "--nnodes",
+                "2",
+                "--node-rank",
+                str(rank),
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                f"127.0.0.1:{port}",
+                "--nproc-per-node",
+                "2",
+                str(ROOT / "examples/pretrain_polylm.sh"),
+                "--config",
+                "tiny",
+                *flags(data, "two"),
+                *layout,
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=120)
+        assert agent.returncode == 0, errors
+    alone = run([sys.executable, str(ROOT / "examples/pretrain_polylm.sh"), *flags(data, "one")], tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_dry_run_prints_and_trains_nothing(data: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "examples/pretrain_polylm.sh")]
+    done = run([*script, "--dry-run", *flags(data, "run")], tmp_path)
+    assert done.returncode == 0 and "parameters: " in done.stdout and "stage1" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def bad_file(data: Path, folder: Path, damage: str) -> list[str]:
+    """Copy the data and damage one file of it; returns the flags that use it."""
+    shutil.copytree(data, folder / "data")
+    idx, binary = folder / "data/ko_text_document.idx", folder / "data/ko_text_document.bin"
+    if damage == "missing":
+        idx.unlink()
+    elif damage == "truncated":
+        idx.write_bytes(idx.read_bytes()[:-5])
+    elif damage == "lies":
+        content = bytearray(idx.read_bytes())
+        content[18:26] = (10**15).to_bytes(8, "little")
+        idx.write_bytes(content)
+    elif damage == "id":
+        content = bytearray(binary.read_bytes())
+        content[10:12] = (60000).to_bytes(2, "little")
+        binary.write_bytes(content)
+    return ["--data-root", str(folder / "data")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("key", "unknown key 'num_layer'; did you mean 'num_layers'"),
+        ("flag", "unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"),
+        ("heads", "tensor_model_parallel_size (2) must divide num_attention_heads (3)"),
+        ("layers", "pipeline_model_parallel_size (2) must not exceed num_layers (1)"),
+        (
+            "world",
+            "tensor_model_parallel_size (4) x pipeline_model_parallel_size (1) = 4 must divide the world size (2)",
+        ),
+        ("missing", "ko_text_document.idx"),
+        ("truncated", "ko_text_document.idx"),
+        ("lies", "ko_text_document.idx"),
+        ("id", "ko_text_document.bin"),
+        ("tokenizer", "tokenizer.model"),
+        ("checkpoint", "hidden_size is 64 there and 128 in this run"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_2_on_every_rank(
+    name: str, message: str, data: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, str(ROOT / "examples/pretrain_polylm.sh")]
+    words = ["--config", "tiny", "--data-root", str(data), "--run-dir", "run", *SMALL]
+    if name == "key":
+        (tmp_path / "bad.yaml").write_text("model: {num_layer: 3}")
+        words[1] = "bad.yaml"
+    elif name == "flag":
+        words += ["--micro-batch-sise", "2"]
+    elif name == "heads":
+        words += ["--num-attention-heads", "3", "--hidden-size", "96", "--tensor-model-parallel-size", "2"]
+    elif name == "layers":
+        words += ["--num-layers", "1", "--pipeline-model-parallel-size", "2"]
+    elif name == "world":
+        words += ["--tensor-model-parallel-size", "4"]
+    elif name == "tokenizer":
+        words += ["--tokenizer-model", "tokenizer.model"]
+    elif name == "checkpoint":
+        assert run([*script, *words], tmp_path).returncode == 0
+        words += ["--hidden-size", "128"]
+    else:
+        words += bad_file(data, tmp_path, name)
+    for rank in ("0", "1"):
+        done = run([*script, *words], tmp_path, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == (1 if rank == "0" else 0), done.stderr
+        assert message in done.stderr or rank == "1"
+
+
+def test_torchrun_ends_too(data: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(ROOT / "examples/pretrain_polylm.sh")]
+    done = run([*command, *flags(data, "run"), "--tensor-model-parallel-size", "3"], tmp_path)
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: tensor_model_parallel_size (3) must divide") == 1
+    assert "exitcode  : 2" in done.stderr
