@@ -6,6 +6,7 @@
 #   bash examples/pretrain_polyglot_ko.sh [the same flags]         one rank a GPU, or NPROC ranks
 here="$(cd "$(dirname "$0")/.." && pwd)"
 [ -x "$here/.venv/bin/torchrun" ] && PATH="$here/.venv/bin:$PATH"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 gpus="$(nvidia-smi -L 2>/dev/null | wc -l)"
 exec torchrun --standalone --nproc-per-node "${NPROC:-$((gpus > 0 ? gpus : 1))}" "$0" "$@"
 '''

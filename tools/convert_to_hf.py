@@ -31,9 +31,10 @@ def main() -> None:
 def check(folder: Path) -> None:
     """Load an export with transformers; CheckpointError where a weight or the tokenizer does not fit."""
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     except ImportError as error:
         raise MegapolyError(f"--check needs transformers ({error}); run: pip install 'transformers>=5'") from None
+    logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -9,6 +9,11 @@ from megapoly.generate.sample import generate, load_model
 from megapoly.tokenizer.load import load_tokenizer
 
 
+def one_line(text: str) -> str:
+    """A text with its line breaks shown as a sign."""
+    return text.replace("\n", "⏎")
+
+
 @exit_on_error
 def main() -> None:
     """Read the flags, load the model on this process, print a continuation of each prompt."""
@@ -30,7 +35,7 @@ def main() -> None:
             model, tokenizer.encode(prompt), args.max_new_tokens,
             eod=tokenizer.eod, temperature=args.temperature, top_k=args.top_k, seed=args.seed,
         )  # fmt: skip
-        print(f"{prompt} | {tokenizer.decode(ids)}\n")
+        print(f"{prompt} | {one_line(tokenizer.decode(ids))}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -31,10 +32,13 @@ def layout_flags() -> tuple[int, list[str]]:
     ranks = torch.cuda.device_count() or 8
     tp = 2 if ranks % 2 == 0 else 1
     pp = 2 if ranks % (2 * tp) == 0 else 1
+    dp = ranks // (tp * pp)
+    batch = 8 if 8 % dp == 0 else dp
     sizes = {
         "tensor-model-parallel-size": tp,
         "pipeline-model-parallel-size": pp,
-        "micro-batch-size": 2 if ranks == 8 else 1,
+        "global-batch-size": batch,
+        "micro-batch-size": 2 if batch % (2 * dp) == 0 else 1,
     }
     return ranks, [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
 
@@ -56,6 +60,7 @@ def main() -> None:
     )
     args, flags = parser.parse_known_args()
     begin = time.time()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.data:
         name = "own-" + hashlib.blake2b("\0".join(args.data).encode(), digest_size=4).hexdigest()
         inputs, data, config = args.data, Path("data") / name, str(Path("data") / name / "config.yaml")

@@ -93,7 +93,11 @@ def init_mesh(cfg: ParallelConfig) -> Mesh:
         return single_process_mesh(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=cfg.distributed_timeout_minutes))
-    return make_mesh(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, device)
+    mesh = make_mesh(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, device)
+    for axis in (mesh.world, mesh.tp, mesh.dp, mesh.pp, mesh.embedding):
+        if axis.group is not None:  # NCCL wants all of a group's ranks in its first operation, which a send is not
+            dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
+    return mesh
 
 
 def make_mesh(tp: int, pp: int, device: torch.device) -> Mesh:
