@@ -29,8 +29,8 @@ ALPHA = 0.5
 TOKENIZER_BYTES = 64 << 20
 IDENTIFY_CHARACTERS = 2000
 # The small default curriculum: PolyLM's two stages and shares over a text of kilobytes.
-STAGES = (("stage1", 0.75, 0.30), ("stage2", 0.25, 0.60))
-MOST_TOKENS = 160_000
+STAGES = (("stage1", 0.4, 0.30), ("stage2", 0.6, 0.60))
+MOST_TOKENS = 400_000
 MOST_EPOCHS = 4
 _CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8})*")
 
