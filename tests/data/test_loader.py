@@ -1,0 +1,88 @@
+"""Batches: the same samples on any number of ranks, short ends masked, no rank bound to one source."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import VOCAB, tiny_config
+
+from megapoly.data.batch import batch_of
+from megapoly.data.curriculum import Plan, make_plan, open_sources
+from megapoly.data.indexed import TokenStream
+from megapoly.data.loader import Deal, TrainLoader, ValidLoader
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Plan, list[TokenStream]]:
+    cfg = tiny_config(tmp_path, "gpt2", 20)
+    streams = open_sources(cfg, VOCAB)
+    return make_plan(cfg, [s.num_tokens for s in streams]), streams
+
+
+def rows_of_step(plan: Plan, streams: list[TokenStream], step: int, mbs: int, dp: int, samples: int) -> Counter[tuple]:
+    rows: Counter[tuple] = Counter()
+    for rank in range(dp):
+        for batch in TrainLoader(plan, streams, Deal(8, mbs, rank, dp), samples).step(step):
+            for tokens, labels, mask, source in zip(batch.tokens, batch.labels, batch.mask, batch.sources, strict=True):
+                if mask.any():
+                    assert mask.all() and (tokens[1:] == labels[:-1]).all()
+                    rows[int(source), tokens.tobytes(), labels.tobytes()] += 1
+    return rows
+
+
+@pytest.mark.parametrize(("mbs", "dp"), [(1, 1), (2, 1), (8, 1), (1, 2), (2, 4), (1, 8)])
+def test_a_step_has_the_same_samples_on_any_layout(data: tuple[Plan, list[TokenStream]], mbs: int, dp: int) -> None:
+    plan, streams = data
+    sources, _, offsets = plan.sampler().samples(0, plan.num_samples)
+    for step in (1, 2, 20):
+        expected: Counter[tuple] = Counter()
+        for n in range((step - 1) * 8, step * 8):
+            piece = streams[sources[n]].read(offsets[n] * 16, offsets[n] * 16 + 17)
+            expected[int(sources[n]), piece[:-1].tobytes(), piece[1:].tobytes()] += 1
+        assert rows_of_step(plan, streams, step, mbs, dp, plan.num_samples) == expected
+
+
+def test_the_last_batch_may_be_short(data: tuple[Plan, list[TokenStream]]) -> None:
+    plan, streams = data
+    assert rows_of_step(plan, streams, 3, 1, 2, samples=19).total() == 3
+
+
+def test_no_rank_is_bound_to_one_source(data: tuple[Plan, list[TokenStream]]) -> None:
+    plan, streams = data
+    for rank in range(8):
+        loader = TrainLoader(plan, streams, Deal(8, 1, rank, 8), plan.num_samples)
+        assert len({int(batch.sources[0]) for step in range(1, 21) for batch in loader.step(step)}) == 2
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_held_out_text_is_read_whole_and_once(data: tuple[Plan, list[TokenStream]], dp: int, tmp_path: Path) -> None:
+    streams = [TokenStream([str(tmp_path / f"{name}_valid_text_document")], VOCAB) for name in ("en", "ko")]
+    loaders = [ValidLoader([streams[0], None, streams[1]], 16, Deal(8, 2, rank, dp), None) for rank in range(dp)]
+    labels: dict[int, list[int]] = {0: [], 2: []}
+    slices = sorted(
+        (int(source), order, tuple(row_labels[mask > 0].tolist()))
+        for loader in loaders
+        for number in range(loader.num_batches)
+        for i, batch in enumerate(loader.batch(number))
+        for j, (source, row_labels, mask) in enumerate(zip(batch.sources, batch.labels, batch.mask, strict=True))
+        for order in [number * 8 + loader.deal.positions(i)[j]]
+    )
+    for source, _, row in slices:
+        labels.setdefault(source, []).extend(row)
+    assert labels[0] == streams[0].read(1, streams[0].num_tokens).tolist()
+    assert labels[2] == streams[1].read(1, streams[1].num_tokens).tolist()
+
+
+def test_a_bounded_evaluation_keeps_every_source(tmp_path: Path, data: tuple[Plan, list[TokenStream]]) -> None:
+    _, streams = data
+    loader = ValidLoader(list(streams), 16, Deal(8, 1, 0, 1), max_batches=2)
+    assert loader.num_batches == 2
+    assert Counter(source for source, _ in loader.slices) == {0: 8, 1: 8}
+
+
+def test_batches_mask_what_a_slice_lacks() -> None:
+    batch = batch_of([np.array([5, 6, 7]), np.array([9]), np.array([], dtype=np.int64)], [1, 2, 0], 4)
+    assert batch.tokens.tolist() == [[5, 6, 0, 0], [0] * 4, [0] * 4]
+    assert batch.labels.tolist() == [[6, 7, 0, 0], [0] * 4, [0] * 4]
+    assert batch.mask.tolist() == [[1, 1, 0, 0], [0] * 4, [0] * 4]

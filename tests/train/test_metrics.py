@@ -1,0 +1,86 @@
+"""Records: every step's row with its fields, TensorBoard, and what a resume drops."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import tiny_config, tiny_run
+
+from megapoly.config import Config
+from megapoly.data.curriculum import summary
+from megapoly.model.count import flops_per_token
+from megapoly.parallel.mesh import Mesh
+from megapoly.train.loop import train
+from megapoly.train.metrics import _finite, drop_rows_after, mean
+
+
+def train_it(mesh: Mesh, cfg: Config) -> dict:
+    run = tiny_run(mesh, cfg)
+    train(run)
+    return summary(run.prepared.plan)
+
+
+def test_rows_account_for_every_token_and_stage(tmp_path: Path) -> None:
+    cfg = tiny_config(
+        tmp_path, "llama", 6, log_interval=4, eval_interval=3, peak_tflops=2.0, tensorboard=True,
+        pipeline_model_parallel_size=2,
+    )  # fmt: skip
+    plan = run_ranks(train_it, cfg, pp=2)[0]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # those between reports in arrears
+    assert [row["samples"] for row in rows] == [8, 16, 24, 32, 40, 48]
+    assert [row["tokens"] for row in rows] == [16 * row["samples"] for row in rows]
+    assert [row["stage"] for row in rows] == ["one"] * 3 + ["two"] * 3
+    for name, stage in zip(("one", "two"), plan["stages"], strict=True):
+        mine = [row for row in rows if row["stage"] == name]
+        served = {s["source"]: s["tokens"] for s in stage["sources"]}
+        assert {s: sum(row["tokens_by_source"].get(s, 0) for row in mine) for s in served} == served
+        assert abs(served["ko"] / 16 - {"one": 0.3, "two": 0.6}[name] * 24) <= 2
+    for row in rows:
+        tokens, losses = row["tokens_by_source"], row["loss_by_source"]
+        assert row["loss"] == pytest.approx(sum(losses[s] * tokens[s] for s in tokens) / sum(tokens.values()))
+        assert row["non_english_share"] == tokens.get("ko", 0) / sum(tokens.values())
+        flops = flops_per_token(cfg.model, 1003) * row["tokens_per_second"] / 2
+        assert row["mfu"] == pytest.approx(flops / 2e12)
+        assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("grad_norm", "params_norm", "seconds"))
+        assert ("valid_loss" in row) == (row["step"] in (3, 6))
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert board.Scalars("loss_by_source/ko")[-1].value == pytest.approx(rows[-1]["loss_by_source"]["ko"], rel=1e-6)
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    assert _finite({"a": math.nan, "b": {"c": math.inf, "d": 1.0}, "e": "x", "f": None}) == {
+        "a": None, "b": {"c": None, "d": 1.0}, "e": "x", "f": None,
+    }  # fmt: skip
+    assert math.isnan(mean({}, {}, ["en"]))
+
+
+def test_a_resume_drops_later_and_torn_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    drop_rows_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    drop_rows_after(tmp_path / "none.jsonl", 2)
+
+
+def test_bf16_with_an_fp32_stream_trains_alike_on_every_layout(tmp_path: Path) -> None:
+    def losses(mesh: Mesh, cfg: Config) -> list[float]:
+        from megapoly.train.step import train_step
+
+        run = tiny_run(mesh, cfg)
+        assert run.pipeline.dtype == torch.float32 and run.buffers.params.dtype == torch.bfloat16
+        assert run.optimizer.master.dtype == run.buffers.grads.dtype == torch.float32
+        stats = [train_step(run, step).by_source for step in range(1, 6)]
+        return [(s[0].sum() / s[1].sum()).item() for s in stats]
+
+    options = {"bf16": True, "fp32_residual_connection": True}
+    alone = run_ranks(losses, tiny_config(tmp_path, "gpt2", **options))[0]
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    together = run_ranks(losses, tiny_config(tmp_path, "gpt2", **options, **layout), tp=2, pp=2)[0]
+    assert alone[-1] < alone[0]
+    assert together == pytest.approx(alone, rel=torch.finfo(torch.bfloat16).eps)
