@@ -23,7 +23,6 @@ setup(
         "sentencepiece>=0.2",
         "tensorboard>=2.18",
         "tokenizers>=0.22",
-        "tqdm",
         "py3langid>=0.4",
         "zstandard",
     ],

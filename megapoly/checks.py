@@ -58,10 +58,10 @@ def check_layout(cfg: Config, world_size: int) -> int:
         )
     if p.pipeline_layer_split is not None:
         split = p.pipeline_layer_split
-        if len(split) != pp or sum(split) != m.num_layers or min(split) < 0:
+        if len(split) != pp or sum(split) != m.num_layers or min(split) < 0 or 0 in split[1:-1]:
             raise ConfigError(
                 f"pipeline_layer_split {split} must name {pp} stages (pipeline_model_parallel_size) "
-                f"that sum to num_layers ({m.num_layers})"
+                f"that sum to num_layers ({m.num_layers}); only the first and the last may have none"
             )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")

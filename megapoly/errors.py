@@ -28,14 +28,10 @@ class CheckpointError(MegapolyError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
-class RankError(MegapolyError):
-    """Bad input that one rank alone met (a damaged shard, say); that rank prints it whatever its number."""
-
-
 def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
     """Wrap an entry point: a MegapolyError ends in one line on stderr and exit status 2, without a traceback.
 
-    `speaks` tells whether this process prints what all of its siblings find alike (under torchrun: local rank 0).
+    `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says.
     """
 
     @functools.wraps(main)
@@ -43,7 +39,7 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
         try:
             main(*args, **kwargs)
         except MegapolyError as error:
-            if speaks() or isinstance(error, RankError):
+            if speaks():
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
             sys.stdout.flush()
             # os._exit: a half-built process group must not keep the worker alive in its destructors.

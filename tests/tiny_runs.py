@@ -101,8 +101,7 @@ def tiny_prepared(cfg: Config) -> Prepared:
     streams = open_sources(cfg, VOCAB)
     plan = make_plan(cfg, [stream.num_tokens for stream in streams])
     valid = [TokenStream(source.valid_paths, VOCAB) for source in cfg.data.sources]
-    samples, steps = run_length(cfg, plan)
-    return Prepared(cfg, None, VOCAB, streams, valid, plan, samples, steps, None, False)
+    return Prepared(cfg, None, VOCAB, streams, valid, plan, run_length(cfg, plan))
 
 
 def tiny_run(mesh: Mesh, cfg: Config) -> Run:

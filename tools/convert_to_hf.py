@@ -23,7 +23,7 @@ def main() -> None:
     folder = export(reader, args.save, args.dtype)
     print(f"step {reader.step} of {args.load} -> {folder}")
     if reader.tokenizer_path is None:
-        print(f"no tokenizer was written: {reader.config.tokenizer.tokenizer_model} does not exist")
+        print(f"no tokenizer was written: {reader.folder} holds none")
     if args.check:
         check(folder)
 

@@ -4,7 +4,7 @@
 import argparse
 
 from megapoly.checkpoint.load import CheckpointReader
-from megapoly.errors import TokenizerError, exit_on_error
+from megapoly.errors import ConfigError, TokenizerError, exit_on_error
 from megapoly.generate.sample import generate, load_model
 from megapoly.tokenizer.load import load_tokenizer
 
@@ -25,9 +25,12 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 1)):
+        if value < least:
+            raise ConfigError(f"--{name} ({value}) must be at least {least}")
     reader = CheckpointReader.open(args.load)
     if reader.tokenizer_path is None:
-        raise TokenizerError(f"{reader.config.tokenizer.tokenizer_model}: the checkpoint's tokenizer is not here")
+        raise TokenizerError(f"{reader.folder}: holds no tokenizer (tokenizer.model or tokenizer.json)")
     tokenizer = load_tokenizer(reader.config.tokenizer.tokenizer_type, str(reader.tokenizer_path))
     model = load_model(reader)
     for prompt in args.prompt:

@@ -15,16 +15,7 @@ from megapoly.data.corpus import prepare_corpus
 from megapoly.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = (
-    "The old clockmaker",
-    "Der Zug nach",
-    "El río",
-    "Вечером мы",
-    "图书馆",
-    "아침에 우리는",
-    "ในตอนเช้า",
-    "في الصباح",
-)
+PROMPTS = "The old clockmaker|Der Zug nach|El río|Вечером мы|图书馆|아침에 우리는|ในตอนเช้า|في الصباح".split("|")
 
 
 def layout_flags() -> tuple[int, list[str]]:

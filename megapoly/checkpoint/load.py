@@ -15,10 +15,16 @@ from torch import Tensor
 
 from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
 from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
+from megapoly.checks import check_model
 from megapoly.config import SECTIONS, Config, ModelConfig, build
-from megapoly.errors import CheckpointError, ConfigError, RankError
+from megapoly.errors import CheckpointError, ConfigError
 from megapoly.optim.sharded import ShardedAdamW
 
+# What makes a model another one, after defaults are filled in.
+_DECISIVE = (
+    "num_layers hidden_size ffn_size num_attention_heads num_kv_heads head_dim position_embedding_type rotary_dim "
+    "normalization norm_epsilon activation add_bias_linear parallel_residual tied"
+).split()
 _STEP = re.compile(r"step_[0-9]{8,}")
 
 
@@ -55,19 +61,16 @@ class CheckpointReader:
     @cached_property
     def state(self) -> dict[str, Any]:
         """state.json, checked for the entries that everyone needs."""
-        state = read_json(self.folder / "state.json")
-        types = {
-            "step": int,
-            "samples": int,
-            "global_batch_size": int,
-            "vocab_size": int,
-            "plan_fingerprint": str,
-            "config": dict,
-        }
-        for key, kind in types.items():
-            if not isinstance(state, dict) or type(state.get(key)) is not kind:
-                raise CheckpointError(f"{self.folder / 'state.json'}: entry '{key}' is missing or no {kind.__name__}")
-        return state
+        path = self.folder / "state.json"
+        state = read_json(path)
+        kinds = {"plan_fingerprint": str, "config": dict} | dict.fromkeys(
+            ("step", "samples", "global_batch_size", "vocab_size"), int
+        )
+        for key, kind in kinds.items():
+            value = state.get(key) if isinstance(state, dict) else None
+            if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
+                raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not a {kind.__name__} that can be")
+        return dict(state)
 
     @cached_property
     def records(self) -> dict[str, TensorRecord]:
@@ -79,14 +82,24 @@ class CheckpointReader:
         """The resolved configuration of the run that wrote it."""
         tree = self.state["config"]
         try:
-            return Config(**{name: build(cls, tree[name], name) for name, cls in SECTIONS.items()})
-        except (ConfigError, KeyError) as error:
+            for name in SECTIONS:
+                if not isinstance(tree.get(name, {}), dict):
+                    raise ConfigError(f"section '{name}' holds no keys")
+            config = Config(**{name: build(cls, tree.get(name, {}), name) for name, cls in SECTIONS.items()})
+            check_model(config.model)
+        except ConfigError as error:
             raise CheckpointError(f"{self.folder / 'state.json'}: config: {error}") from None
+        return config
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.state["step"])
+
+    @property
+    def samples(self) -> int:
+        """Samples seen."""
+        return int(self.state["samples"])
 
     @property
     def vocab_size(self) -> int:
@@ -100,9 +113,10 @@ class CheckpointReader:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The tokenizer's file or folder, where it still exists."""
-        path = self.config.tokenizer.tokenizer_model
-        return Path(path) if path and Path(path).exists() else None
+        """The tokenizer that was saved with it: a file (SentencePiece), or the folder that has its tokenizer.json."""
+        if (self.folder / "tokenizer.model").is_file():
+            return self.folder / "tokenizer.model"
+        return self.folder if (self.folder / "tokenizer.json").is_file() else None
 
     @property
     def names(self) -> list[str]:
@@ -128,14 +142,11 @@ def check_same_model(
 
     `shapes` are the names and whole shapes of this run's parameters.
     """
-    theirs = reader.config.model
-    for key in ModelConfig.__dataclass_fields__:
-        if key.startswith("init_") or key in ("scaled_output_init", "seq_length", "max_position_embeddings"):
-            continue
-        if getattr(theirs, key) != getattr(m, key):
+    for key in _DECISIVE:
+        there, here = getattr(reader.config.model, key), getattr(m, key)
+        if there != here:
             raise CheckpointError(
-                f"{reader.folder}: the checkpoint is of another model: {key} is {getattr(theirs, key)} there "
-                f"and {getattr(m, key)} in this run"
+                f"{reader.folder}: the checkpoint is of another model: {key} is {there} there and {here} in this run"
             )
     if reader.vocab_size != vocab_size:
         raise CheckpointError(
@@ -152,7 +163,7 @@ def check_same_model(
 def load_checkpoint(folder: Path, optimizer: ShardedAdamW, weights_only: bool = False) -> None:
     """Read the state that this rank holds from a checkpoint of any layout; all ranks call it together.
 
-    With weights_only the moments stay as they are (zero). Raises RankError where this rank's part cannot be read.
+    With weights_only the moments stay as they are (zero). Raises CheckpointError where this rank's part cannot be read.
     """
     state = training_state(optimizer)
     wanted = pieces(optimizer.buffers, {"model": state["model"]} if weights_only else state, for_saving=False)
@@ -167,8 +178,8 @@ def load_checkpoint(folder: Path, optimizer: ShardedAdamW, weights_only: bool = 
                 no_dist=not dist.is_initialized(),
             )
     except CheckpointError as error:
-        raise RankError(str(error)) from None
+        raise CheckpointError(str(error)) from None
     except dcp.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        raise RankError(f"{folder}: cannot be loaded: {first}") from None
+        raise CheckpointError(f"{folder}: cannot be loaded: {first}") from None
     optimizer.refresh_params()

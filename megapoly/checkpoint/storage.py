@@ -9,12 +9,15 @@ The folder is written under a temporary name and renamed when it is complete; `l
 """
 
 import json
+import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -43,11 +46,11 @@ def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
     return f"{name}@{','.join(map(str, offsets))}"
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Write JSON durably: a temporary file, fsync, rename."""
+def write_text(path: Path, text: str) -> None:
+    """Write a small file durably: a temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(tree, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -101,29 +104,43 @@ def _record(entry: Any) -> TensorRecord:
     chunks = []
     for offsets_entry, sizes_entry, file in entry["chunks"]:
         offsets, sizes = _sizes(offsets_entry), _sizes(sizes_entry)
-        inside = all(o + s <= whole for o, s, whole in zip(offsets, sizes, shape, strict=True))
-        if not inside or len(sizes) != len(shape):
+        if not all(o + s <= whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"chunk at {offsets} of {sizes} lies outside of {shape}")
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise ValueError(f"{file!r} is no shard's name")
         chunks.append(Chunk(offsets, sizes, file))
-    covered = sum(torch.Size(chunk.sizes).numel() for chunk in chunks)
-    if covered != torch.Size(shape).numel():
-        raise ValueError(f"chunks hold {covered} entries, the shape {shape} has {torch.Size(shape).numel()}")
+    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if covered != math.prod(shape):
+        raise ValueError(f"chunks hold {covered} entries, the shape {shape} has {math.prod(shape)}")
+    begins = np.array([chunk.offsets for chunk in chunks]).reshape(len(chunks), -1)
+    ends = begins + np.array([chunk.sizes for chunk in chunks]).reshape(len(chunks), -1)
+    meets = ((begins[:, None] < ends[None]) & (begins[None] < ends[:, None])).all(-1)
+    if meets.sum() > len(chunks):  # each meets itself; as many entries as the shape, so an overlap means a hole
+        raise ValueError("chunks overlap")
     return TensorRecord(_DTYPES[entry["dtype"]], shape, tuple(chunks))
 
 
 def read_records(folder: Path) -> dict[str, TensorRecord]:
-    """All tensors that a checkpoint's metadata lists, checked for sense; no data is read."""
-    tree = read_json(folder / "metadata.json")
+    """All tensors that a checkpoint's metadata lists, checked for sense and against the sizes of its shards."""
+    path = folder / "metadata.json"
+    tree = read_json(path)
     if not isinstance(tree, dict) or tree.get("format") != FORMAT or not isinstance(tree.get("tensors"), dict):
-        raise CheckpointError(f"{folder / 'metadata.json'}: not a checkpoint of format {FORMAT}")
+        raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT}")
     records = {}
+    claimed: Counter[str] = Counter()
     for name, entry in tree["tensors"].items():
         try:
-            records[name] = _record(entry)
+            records[name] = record = _record(entry)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'metadata.json'}: tensor '{name}' is damaged: {error}") from None
+            raise CheckpointError(f"{path}: tensor '{name}' is damaged: {error}") from None
+        for chunk in record.chunks:
+            claimed[chunk.file] += math.prod(chunk.sizes) * record.dtype.itemsize
+    for file, size in claimed.items():
+        shard = folder / file
+        found = shard.stat().st_size if shard.is_file() else None
+        if found is None or found < size:
+            held = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{shard}: the shard {held}, metadata.json puts {size} bytes there; it is damaged")
     return records
 
 
@@ -176,11 +193,16 @@ class Writer(StorageWriter):
             assert item.type is not WriteItemType.BYTE_IO
             data = planner.resolve_data(item)
             assert isinstance(data, torch.Tensor) and item.index.offset is not None
-            tensors[chunk_key(item.index.fqn, tuple(item.index.offset))] = data.detach().cpu().contiguous().clone()
+            tensors[chunk_key(item.index.fqn, tuple(item.index.offset))] = (
+                data.detach().to("cpu", copy=True).contiguous()
+            )
             results.append(WriteResult(index=item.index, size_in_bytes=data.nbytes, storage_data=name))
         if tensors:
             path = self.folder / name
             safetensors.torch.save_file(tensors, str(path))
+            umask = os.umask(0)
+            os.umask(umask)
+            path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone; a shared run is read by others
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         future: Future[list[WriteResult]] = Future()
@@ -199,7 +221,7 @@ class Writer(StorageWriter):
             ]
             dtype = str(record.properties.dtype).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": list(record.size), "chunks": chunks}
-        write_json(self.folder / "metadata.json", {"format": FORMAT, "tensors": tensors})
+        write_text(self.folder / "metadata.json", json.dumps({"format": FORMAT, "tensors": tensors}))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -37,23 +37,22 @@ class Deal:
 
 
 class TrainLoader:
-    """Micro-batches of any step, by random access."""
+    """Micro-batches of any samples, by random access."""
 
-    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, num_samples: int) -> None:
-        self.plan, self.streams, self.deal, self.num_samples = plan, streams, deal, num_samples
+    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal) -> None:
+        self.plan, self.streams, self.deal = plan, streams, deal
         self.sampler = plan.sampler()
 
-    def step(self, step: int) -> list[Batch]:
-        """Micro-batches of a step, counted from 1. The run's last batch may have places without a sample: masked."""
+    def batch(self, first: int, end: int) -> list[Batch]:
+        """Micro-batches of samples first to end (at most a global batch); places without a sample are masked."""
         size, length = self.deal.global_batch_size, self.plan.block_length
-        first = (step - 1) * size
-        end = min(first + size, self.num_samples)
+        assert 0 < end - first <= size
         sources, _, offsets = self.sampler.samples(first, end)
         batches = []
         for microbatch in range(self.deal.num_microbatches):
             # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took
             # the same places could see one source only.
-            samples = [permute(place, size, step) for place in self.deal.positions(microbatch)]
+            samples = [permute(place, size, first) for place in self.deal.positions(microbatch)]
             pieces = [
                 self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
                 if i < end - first

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint.load import CheckpointReader
+from megapoly.checkpoint.load import CheckpointReader, check_same_model
+from megapoly.model.count import parameter_shapes
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
@@ -14,6 +15,7 @@ from megapoly.parallel.tensor import Placement, sharded_parameters
 def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> Transformer:
     """The whole model of a checkpoint of any layout, in its training type, on one device."""
     m = reader.config.model
+    check_same_model(reader, m, reader.vocab_size, parameter_shapes(m, reader.vocab_size))
     stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
     place = Placement(Axis("tp"), sequence_parallel=False, dtype=reader.dtype, device=torch.device(device))
     model = Transformer(reader.config, reader.vocab_size, stage, place)
@@ -28,12 +30,13 @@ def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> 
 def generate(
     model: Transformer, prompt: list[int], max_new_tokens: int, *, eod: int, temperature: float, top_k: int, seed: int
 ) -> list[int]:
-    """Continue a prompt of token ids; stops at eod, which is not returned. Temperature 0 takes the likeliest token.
+    """Continue a prompt of token ids (an empty one starts a document after eod); stops at eod, which is not returned.
 
-    Every step runs the whole context (no key/value cache), which is cut to the model's longest sequence.
+    Temperature 0 takes the likeliest token, else one of the top_k likeliest is drawn. Every step runs the whole
+    context (no key/value cache), which is cut to the model's longest sequence.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    ids = list(prompt)
+    ids = list(prompt) or [eod]
     for _ in range(max_new_tokens):
         context = torch.tensor([ids[-model.m.max_positions :]], device=model.head_weight.device)
         logits_V: Tensor = model.logits(model(context))[-1, : model.vocab_size].float().cpu()
@@ -46,4 +49,4 @@ def generate(
         if following == eod:
             break
         ids.append(following)
-    return ids[len(prompt) :]
+    return ids[max(len(prompt), 1) :]

@@ -43,9 +43,3 @@ class ShardedAdamW:
         if self.has_own_master:
             self.buffers.params[self.buffers.owned].copy_(self.master)
         self.buffers.gather_params()
-
-    @torch.no_grad()
-    def adopt_params(self) -> None:
-        """Take the parameters as they are for master weights (after loading weights alone)."""
-        if self.has_own_master:
-            self.master.copy_(self.buffers.params[self.buffers.owned])

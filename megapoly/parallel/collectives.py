@@ -42,13 +42,6 @@ def reduce_scatter(x_TH: Tensor, axis: Axis) -> Tensor:
     return x_tH
 
 
-def broadcast_(x: Tensor, axis: Axis, source: int) -> Tensor:
-    """Everyone takes the tensor of rank `source` of the axis; in place."""
-    if axis.size > 1:
-        dist.broadcast(x, group=axis.group, group_src=source)
-    return x
-
-
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

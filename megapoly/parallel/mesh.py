@@ -9,7 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from megapoly.config import ParallelConfig
 from megapoly.errors import ConfigError
@@ -71,58 +70,64 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def check_devices(cfg: ParallelConfig) -> None:
+    """Refuse a backend or a number of ranks that this host has no devices for; every rank of it finds the same."""
+    if cfg.distributed_backend == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("distributed_backend nccl needs CUDA devices; this host has none: use gloo")
+    if torch.cuda.is_available() and cfg.distributed_backend != "gloo":
+        gpus = torch.cuda.device_count()
+        if local_world_size() > gpus:
+            raise ConfigError(
+                f"{local_world_size()} ranks on this host, which has {gpus} GPU(s): start one rank a GPU "
+                "or use --distributed-backend gloo"
+            )
+
+
 def init_mesh(cfg: ParallelConfig) -> Mesh:
     """Join the process group and split it into axes: tensor ranks are neighbours, then data, then pipeline.
 
-    This is Megatron-LM's order: the axis that talks most stays within a host. Raises ConfigError where the launcher's
-    world does not fit the devices.
+    This is Megatron-LM's order: the axis that talks most stays within a host.
     """
-    if cfg.distributed_backend == "gloo" or not torch.cuda.is_available():
-        device = torch.device("cpu")
-        if cfg.distributed_backend == "nccl":
-            raise ConfigError("distributed_backend nccl needs CUDA devices; this host has none: use gloo")
-    else:
-        if local_rank() >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank()} has no GPU of its own (this host has {torch.cuda.device_count()}); "
-                "start fewer ranks or use --distributed-backend gloo"
-            )
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and cfg.distributed_backend != "gloo":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     if world_size() == 1:
         return single_process_mesh(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=cfg.distributed_timeout_minutes))
-    mesh = make_mesh(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, device)
+    timeout = timedelta(minutes=cfg.distributed_timeout_minutes)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    mesh = make_mesh(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, device, timeout)
     for axis in (mesh.world, mesh.tp, mesh.dp, mesh.pp, mesh.embedding):
         if axis.group is not None:  # NCCL wants all of a group's ranks in its first operation, which a send is not
             dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
     return mesh
 
 
-def make_mesh(tp: int, pp: int, device: torch.device) -> Mesh:
-    """Split the joined process group into axes; dp is what tp x pp leaves of the world."""
+def make_mesh(tp: int, pp: int, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
+    """Split the joined process group into axes; dp is what tp x pp leaves of the world.
+
+    The groups are made one by one because DeviceMesh gives its groups a timeout of its own.
+    """
     world = dist.get_world_size()
-    dp = world // (tp * pp)
-    grid = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
-    axes = {}
-    for name, size in (("pp", pp), ("dp", dp), ("tp", tp)):
-        axes[name] = Axis(name, grid.get_local_rank(name), size, grid.get_group(name) if size > 1 else None)
+    ranks_PDT = torch.arange(world).view(pp, world // (tp * pp), tp)
     everyone = Axis("world", dist.get_rank(), world, dist.group.WORLD)
-    return Mesh(device=device, world=everyone, embedding=_embedding_axis(grid.mesh, axes["pp"], everyone), **axes)
+    return Mesh(
+        device=device,
+        world=everyone,
+        tp=_axis("tp", ranks_PDT.flatten(0, 1), timeout),
+        pp=_axis("pp", ranks_PDT.flatten(1).T, timeout),
+        dp=_axis("dp", ranks_PDT.transpose(1, 2).flatten(0, 1), timeout),
+        embedding=_axis("embedding", ranks_PDT[[0, -1]].flatten(1).T if pp > 1 else ranks_PDT.view(-1, 1), timeout),
+    )
 
 
-def _embedding_axis(ranks: torch.Tensor, pp: Axis, world: Axis) -> Axis:
-    """The first and the last stage as an axis of two; a middle stage and a single stage are alone."""
-    if pp.size == 1:
-        return Axis("embedding")
-    if pp.size == 2:
-        return Axis("embedding", pp.rank, 2, pp.group)
-    mine = Axis("embedding")
-    for pair in torch.stack([ranks[0].flatten(), ranks[-1].flatten()], dim=1).tolist():
-        group = dist.new_group(pair)  # every rank takes part in making every group
-        if world.rank in pair:
-            mine = Axis("embedding", pair.index(world.rank), 2, group)
+def _axis(name: str, lines: torch.Tensor, timeout: timedelta) -> Axis:
+    """The line of ranks that this rank stands in; a rank in none (a middle stage's embedding) is alone."""
+    mine = Axis(name)
+    for line in lines.tolist() if lines.shape[1] > 1 else []:
+        group = dist.new_group(line, timeout=timeout)  # every rank takes part in making every group
+        if dist.get_rank() in line:
+            mine = Axis(name, line.index(dist.get_rank()), len(line), group)
     return mine
 
 

@@ -1,6 +1,8 @@
 """Which layers a pipeline stage holds: consecutive runs of least greatest cost, embedding and head included."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megapoly.parallel.mesh import Axis
@@ -21,32 +23,46 @@ class Stage:
 
 
 def split_layers(layer_costs: Sequence[float], embedding_cost: float, head_cost: float, stages: int) -> list[int]:
-    """Number of layers of each stage so that the most loaded stage carries as little as possible.
+    """Number of layers of each stage: the most loaded stage carries as little as possible, the others are even.
 
-    Costs are in any one unit (a layer's forward FLOPs, say). Exact by dynamic programming; among equal splits the
-    later stages get the fewer layers. A stage may hold no layer where embedding or head fills it.
+    Costs are in any one unit (a layer's forward FLOPs, say). The first and the last stage may have no layer where
+    embedding or head fills them, a stage in between has at least one. Exact, by dynamic programming.
     """
-    n = len(layer_costs)
-    prefix = [0.0]
-    for cost in layer_costs:
-        prefix.append(prefix[-1] + cost)
+    prefix = [0.0, *itertools.accumulate(layer_costs)]
 
     def load(stage: int, begin: int, end: int) -> float:
+        if begin == end and 0 < stage < stages - 1:
+            return math.inf
         extra = (embedding_cost if stage == 0 else 0.0) + (head_cost if stage == stages - 1 else 0.0)
         return prefix[end] - prefix[begin] + extra
 
-    # best[end]: (greatest load, split) for the first stages up to layer `end`.
-    best: list[tuple[float, list[int]]] = [(load(0, 0, end), [end]) for end in range(n + 1)]
+    greatest = _best_split(len(layer_costs), stages, load, max)[0] * (1 + 1e-9)
+    even = _best_split(
+        len(layer_costs),
+        stages,
+        lambda *part: load(*part) ** 2 if load(*part) <= greatest else math.inf,
+        lambda sofar, further: sofar + further,
+    )
+    return even[1]
+
+
+def _best_split(
+    layers: int,
+    stages: int,
+    cost: Callable[[int, int, int], float],
+    combine: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """The split of least combined cost(stage, first layer, end layer), with that cost."""
+    best: list[tuple[float, list[int]]] = [(cost(0, 0, end), [end]) for end in range(layers + 1)]
     for stage in range(1, stages):
-        following = []
-        for end in range(n + 1):
-            options = (
-                (max(best[begin][0], load(stage, begin, end)), [*best[begin][1], end - begin])
-                for begin in range(end, -1, -1)
+        best = [
+            min(
+                (combine(best[begin][0], cost(stage, begin, end)), [*best[begin][1], end - begin])
+                for begin in range(end + 1)
             )
-            following.append(min(options, key=lambda option: option[0]))
-        best = following
-    return best[n][1]
+            for end in range(layers + 1)
+        ]
+    return best[layers]
 
 
 def make_stage(split: Sequence[int], pp: Axis) -> Stage:

@@ -47,6 +47,7 @@ def train(run: Run) -> None:
     if run.valid_loader.num_batches and prepared.start_step == 0:
         say_validation(console, metrics.validation(evaluate(run).tolist()))
     seconds_per_step = 0.0
+    reported = prepared.start_step
     metrics.start_clock()
     for step in range(prepared.start_step + 1, prepared.num_steps + 1):
         metrics.add(step, train_step(run, step))
@@ -60,10 +61,12 @@ def train(run: Run) -> None:
                 row |= metrics.validation(evaluate(run).tolist())
                 say_validation(console, row)
             metrics.write()
-            say_finished_stages(run, step)
+            say_finished_stages(run, prepared.samples_after(reported), row["samples"])
+            reported = step
             if due.save:
                 assert cfg.checkpoint.save is not None
-                folder = save_checkpoint(Path(cfg.checkpoint.save), step, run.optimizer, run.checkpoint_state(step))
+                root = Path(cfg.checkpoint.save)
+                folder = save_checkpoint(root, step, run.optimizer, run.checkpoint_state(step), prepared.tokenizer)
                 console.say(f"  saved {folder}")
             metrics.start_clock()
         if due.exit:
@@ -91,19 +94,24 @@ def introduce(run: Run) -> None:
     console.say(describe(p.plan))
     if p.start_step:
         assert p.checkpoint is not None
-        console.say(f"resuming {cfg.logging.run_dir} from {p.checkpoint.folder} at step {p.start_step}/{p.num_steps}")
+        verb = "resuming" if p.is_resume else "continuing in"
+        console.say(f"{verb} {cfg.logging.run_dir} from {p.checkpoint.folder} at step {p.start_step}/{p.num_steps}")
+        decay, was = cfg.schedule.lr_decay_iters or p.num_steps, p.checkpoint.state.get("lr_decay_iters")
+        if was is not None and was != decay:
+            console.say(f"note: the learning rate decayed until step {was} before, until step {decay} now")
     elif p.checkpoint is not None:
         console.say(f"starting {cfg.logging.run_dir} anew with the weights of {p.checkpoint.folder}")
     else:
         console.say(f"starting {cfg.logging.run_dir} anew: {p.num_steps} steps, {p.num_samples:,} samples")
 
 
-def say_finished_stages(run: Run, step: int) -> None:
-    """At the end of a stage: the share that was realised, and how far it is from the plan in samples."""
-    plan, size = run.prepared.plan, run.cfg.train.global_batch_size
-    done = min(step * size, run.prepared.num_samples)
+def say_finished_stages(run: Run, before: int, after: int) -> None:
+    """For each stage that ended between two numbers of samples: the realised share, and how far it is off the plan."""
+    plan = run.prepared.plan
+    if not any(before < stage.end_sample <= after for stage in plan.stages):
+        return
     for stage, report in zip(plan.stages, summary(plan)["stages"], strict=True):
-        if (step - 1) * size < stage.end_sample <= done:
+        if before < stage.end_sample <= after:
             run.console.say(
                 f"  {stage.name} is done: {stage.samples:,} samples, non-English {report['non_english_share']:.2%} "
                 f"({report['deviation_in_samples']['non-English']:+.2f} samples off the plan)"

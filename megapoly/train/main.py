@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from megapoly.checks import check
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import Config, load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.count import flops_per_token, num_parameters
-from megapoly.parallel.mesh import init_mesh, leave, local_rank, world_size
+from megapoly.parallel.mesh import check_devices, init_mesh, leave, local_rank, world_size
 from megapoly.train.loop import train
 from megapoly.train.setup import Prepared, build_run, layer_split, prepare
 
@@ -34,9 +35,9 @@ def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
     while rest:
         word = rest.pop(0)
         if word == "--config" or word.startswith("--config="):
-            if "=" not in word and not rest:
+            name = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
+            if not name:
                 raise ConfigError(f"flag --config needs a value: a YAML file or one of {', '.join(preset_names())}")
-            name = word.partition("=")[2] or rest.pop(0)
         elif word == "--dry-run":
             is_dry_run = True
         elif word in ("-h", "--help"):
@@ -46,9 +47,10 @@ def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
         else:
             refuse_unknown([word], known=["config", "dry_run"])
     if name is None:
-        name = gpu_preset if torch.cuda.is_available() else cpu_preset
+        is_on_gpu = torch.cuda.is_available() and flags.get("distributed_backend") != "gloo"
+        name = gpu_preset if is_on_gpu else cpu_preset
         if local_rank() == 0:
-            print(f"no --config given: {name} ({'CUDA is here' if torch.cuda.is_available() else 'no CUDA here'})")
+            print(f"no --config given: {name} ({'on CUDA' if is_on_gpu else 'on the CPU'})", flush=True)
     return Invocation(load_config(name, flags), name, is_dry_run)
 
 
@@ -62,43 +64,55 @@ def provide_corpus(asked: Invocation, corpus: Path) -> None:
         prepare_corpus([str(path) for path in sorted(corpus.glob("*.jsonl"))], str(root))
 
 
-def dry_run(prepared: Prepared) -> None:
+def dry_run(prepared: Prepared, world: int) -> None:
     """Print the resolved configuration, counts, curriculum and memory."""
     cfg, m = prepared.cfg, prepared.cfg.model
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    dp = world_size() // (tp * pp)
+    dp = world // (tp * pp)
     count = num_parameters(m, prepared.vocab_size)
     split = layer_split(cfg, prepared.vocab_size, pp)
     print(cfg.to_yaml())
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
     print(f"layout: TP {tp} x PP {pp} x DP {dp}; layers per stage {split}; {prepared.num_steps:,} steps")
-    width = 2 if cfg.precision.bf16 else 4
-    state = (width + 4 + (12 if width == 2 else 8) / dp) * count / (tp * pp)
+    # bf16: 2 bytes of parameters beside 12 of master and moments; fp32: the parameters are the master.
+    width, sharded = (2, 12) if cfg.precision.bf16 else (4, 8)
+    state = (width + 4 + sharded / dp) * count / (tp * pp)
     print(f"memory a rank for parameters, fp32 gradients and optimizer state: about {state / 2**30:.2f} GiB")
     print(describe(prepared.plan))
 
 
 def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; `gpu_preset` and `cpu_preset` stand in for a missing --config."""
+    is_joined = False
 
     def run_it() -> None:
+        nonlocal is_joined
         asked = parse(sys.argv[1:] if argv is None else argv, gpu_preset, cpu_preset)
+        parallel = asked.cfg.parallel
+        world = world_size()
+        if asked.is_dry_run and world == 1:  # without a launcher: the smallest world that the layout fits
+            world = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        else:
+            check_devices(parallel)
+        check(asked.cfg, world)
         provide_corpus(asked, corpus)
-        prepared = prepare(asked.cfg, world_size(), torch.cuda.is_available())
+        prepared = prepare(asked.cfg, world, torch.cuda.is_available())
         if asked.is_dry_run:
             if local_rank() == 0:
-                dry_run(prepared)
+                dry_run(prepared, world)
             return
-        if prepared.is_resume and prepared.start_step >= prepared.num_steps:
+        if prepared.start_step >= prepared.num_steps:
             if local_rank() == 0:
+                whose = prepared.cfg.logging.run_dir if prepared.is_resume else prepared.cfg.checkpoint.load
                 print(
-                    f"{prepared.cfg.logging.run_dir} is finished ({prepared.start_step} steps): nothing to do; "
-                    "give another --run-dir to start anew"
+                    f"{whose} is finished ({prepared.start_step} steps): nothing to do; "
+                    "give another --run-dir to start anew, or longer stages to go on"
                 )
             return
-        mesh = init_mesh(prepared.cfg.parallel)
+        mesh = init_mesh(parallel)
+        is_joined = True  # from here on a rank may meet what the others do not
         run = build_run(prepared, mesh)
         train(run)
         leave(mesh)
 
-    exit_on_error(run_it, speaks=lambda: local_rank() == 0)()
+    exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from megapoly.train.setup import Run
 from megapoly.train.step import StepStats
 
 # Dense bf16 peaks of the vendors' data sheets, TFLOP/s, by a part of the device's name.
-PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "L40S": 362.0, "B200": 2250.0}
+PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "H800": 989.0}
 
 
 def peak_tflops(run: Run) -> float | None:
@@ -112,22 +113,21 @@ class Metrics:
         self, step: int, by_source: list[list[float]], grad_norm: float, params_norm: float, lr: float, seconds: float
     ) -> dict[str, Any]:
         prepared = self.run.prepared
-        size = self.run.cfg.train.global_batch_size
         losses, tokens = self.by_source(by_source)
         total = sum(tokens.values())
-        samples = min(step * size, prepared.num_samples)
+        samples = prepared.samples_after(step)
         tflops = self.flops * total / seconds / self.run.mesh.world.size / 1e12 if seconds else math.nan
         return {
             "step": step,
             "samples": samples,
             "tokens": samples * prepared.plan.block_length,
-            "stage": prepared.plan.stages[prepared.plan.stage_at((step - 1) * size)].name,
+            "stage": prepared.plan.stages[prepared.plan.stage_at(prepared.samples_after(step - 1))].name,
             "loss": mean(losses, tokens, self.names),
             "loss_english": mean(losses, tokens, self.english),
             "loss_non_english": mean(losses, tokens, self.non_english),
             "loss_by_source": losses,
             "tokens_by_source": tokens,
-            "non_english_share": sum(tokens.get(n, 0) for n in self.non_english) / total if total else math.nan,
+            "non_english_share": prepared.plan.non_english_share([tokens.get(n, 0) for n in self.names]),
             "lr": lr,
             "grad_norm": grad_norm,
             "params_norm": params_norm,
@@ -157,14 +157,20 @@ def drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
             continue  # the line that was being written when the run was killed
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def progress_line(run: Run, row: dict[str, Any], left: str) -> str:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from megapoly.tokenizer.load import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before any process group exists."""
+    """What is known before any process group exists. Steps count from 1; the run starts after start_step."""
 
     cfg: Config
     tokenizer: Tokenizer | None
@@ -43,16 +44,33 @@ class Prepared:
     valid_streams: list[TokenStream | None]
     plan: Plan
     num_samples: int
-    num_steps: int
-    checkpoint: CheckpointReader | None  # what to start from
-    is_resume: bool  # the checkpoint is this run's own
+    checkpoint: CheckpointReader | None = None  # what to start from
+    is_resume: bool = False  # the checkpoint is this run's own
+
+    @property
+    def takes_full_state(self) -> bool:
+        """Whether moments, step and place in the data come from the checkpoint too."""
+        return self.checkpoint is not None and (self.is_resume or not self.cfg.checkpoint.finetune)
 
     @property
     def start_step(self) -> int:
         """Steps that the checkpoint has done already."""
-        if self.checkpoint is None or (self.cfg.checkpoint.finetune and not self.is_resume):
-            return 0
-        return self.checkpoint.step
+        return self.checkpoint.step if self.checkpoint is not None and self.takes_full_state else 0
+
+    @property
+    def start_sample(self) -> int:
+        """Samples that it has seen: a run that ended in a short batch goes on right after it when it is made longer."""
+        return self.checkpoint.samples if self.checkpoint is not None and self.takes_full_state else 0
+
+    @property
+    def num_steps(self) -> int:
+        """The run's last step."""
+        left = max(self.num_samples - self.start_sample, 0)
+        return self.start_step + -(-left // self.cfg.train.global_batch_size)
+
+    def samples_after(self, step: int) -> int:
+        """Samples seen after a step that is not before start_step."""
+        return min(self.start_sample + (step - self.start_step) * self.cfg.train.global_batch_size, self.num_samples)
 
 
 def resolve(cfg: Config, has_cuda: bool) -> Config:
@@ -83,8 +101,8 @@ def resolve_vocab_size(cfg: Config) -> tuple[int, Tokenizer]:
     return vocab_size, tokenizer
 
 
-def run_length(cfg: Config, plan: Plan) -> tuple[int, int]:
-    """(samples, steps) of the run: the stages' budgets, which train_iters and train_samples may only shorten."""
+def run_length(cfg: Config, plan: Plan) -> int:
+    """Samples of the run: the stages' budgets, which train_iters and train_samples may only shorten."""
     size = cfg.train.global_batch_size
     samples = plan.num_samples
     for name, value in (
@@ -98,7 +116,7 @@ def run_length(cfg: Config, plan: Plan) -> tuple[int, int]:
                     "raise the budget of a stage instead"
                 )
             samples = min(samples, value)
-    return samples, -(-samples // size)
+    return samples
 
 
 def _starting_point(cfg: Config, plan: Plan) -> tuple[CheckpointReader | None, bool]:
@@ -119,26 +137,38 @@ def _starting_point(cfg: Config, plan: Plan) -> tuple[CheckpointReader | None, b
         if reader.state["global_batch_size"] != cfg.train.global_batch_size:
             raise CheckpointError(
                 f"{reader.folder}: the run has global_batch_size {reader.state['global_batch_size']}, "
-                f"not {cfg.train.global_batch_size}; steps would no longer mean the same samples"
+                f"not {cfg.train.global_batch_size}; a run keeps its batch"
             )
     return reader, is_resume
+
+
+def _check_writable(folder: str) -> None:
+    """Refuse a directory that this process could not write into, before hours of training find out."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: cannot be written: {existing} is no writable directory; give another place")
 
 
 def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     """Check everything that needs no process group; the same on every rank. Raises MegapolyErrors."""
     cfg = resolve(cfg, has_cuda)
     check(cfg, world_size)
+    assert cfg.checkpoint.save is not None
+    _check_writable(cfg.logging.run_dir)
+    _check_writable(cfg.checkpoint.save)
     vocab_size, tokenizer = resolve_vocab_size(cfg)
     streams = open_sources(cfg, vocab_size)
-    for stream in streams:
-        stream.check_vocab(vocab_size)
-    plan = make_plan(cfg, [stream.num_tokens for stream in streams])
     valid = [TokenStream(s.valid_paths, vocab_size) if s.valid_paths else None for s in cfg.data.sources]
-    num_samples, num_steps = run_length(cfg, plan)
+    for stream in (*streams, *valid):
+        if stream is not None:
+            stream.check_vocab(vocab_size)
+    plan = make_plan(cfg, [stream.num_tokens for stream in streams])
+    num_samples = run_length(cfg, plan)
     checkpoint, is_resume = _starting_point(cfg, plan)
     if checkpoint is not None:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
-    return Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, num_steps, checkpoint, is_resume)
+    return Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume)
 
 
 @dataclass(frozen=True)
@@ -163,12 +193,12 @@ class Run:
 
     def checkpoint_state(self, step: int) -> dict[str, Any]:
         """What state.json keeps beside the tensors."""
-        size = self.cfg.train.global_batch_size
-        samples = min(step * size, self.prepared.num_samples)
+        samples = self.prepared.samples_after(step)
         return {
             "step": step,
             "samples": samples,
-            "global_batch_size": size,
+            "global_batch_size": self.cfg.train.global_batch_size,
+            "lr_decay_iters": self.cfg.schedule.lr_decay_iters or self.prepared.num_steps,
             "vocab_size": self.prepared.vocab_size,
             "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
@@ -205,7 +235,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         buffers=buffers,
         optimizer=ShardedAdamW(buffers, cfg.optimizer),
         pipeline=Pipeline(mesh.pp, (tokens, m.hidden_size), model.residual_dtype, mesh.device),
-        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.num_samples),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
         layer_split=split,
     )

@@ -30,7 +30,7 @@ class StepStats:
 
 def train_step(run: Run, step: int) -> StepStats:
     """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
-    batches = run.loader.step(step)
+    batches = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     num_tokens = torch.tensor(float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
     all_reduce_(num_tokens, run.mesh.dp)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from megapoly.checkpoint.state import pieces, training_state
 from megapoly.config import Config
 from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.model.count import parameter_shapes
-from megapoly.parallel.mesh import Mesh
+from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.train.loop import train
 from megapoly.train.setup import Run, build_run
 
@@ -44,7 +43,7 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timeless} for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp", "family", "bf16"), [(2, 2, 2, "gpt2", False), (1, 1, 1, "llama", True)])
+@pytest.mark.parametrize(("tp", "pp", "dp", "family", "bf16"), [(2, 2, 2, "gpt2", False), (1, 1, 2, "llama", True)])
 def test_resume_is_bit_equal(
     tp: int, pp: int, dp: int, family: str, bf16: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,18 +137,71 @@ def test_a_damaged_checkpoint_gives_one_clear_line(damage: str, tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
-def test_a_half_written_checkpoint_is_never_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, _ = saved(tmp_path, tp=1, pp=1, dp=1)
-    before = find_checkpoint(cfg.logging.run_dir)
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 2, exit_interval=1))
+    first = find_checkpoint(tmp_path / "run")
+    assert first.name == "step_00000001"
 
     def fails(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("megapoly.checkpoint.save.write_json", fails)
-    shutil.rmtree(tmp_path / "run/checkpoints/step_00000002")
-    (tmp_path / "run/checkpoints/latest").unlink()
-    with pytest.raises(OSError, match="disk full"):
-        run_ranks(run_to_end, cfg)
-    with pytest.raises(CheckpointError):
-        find_checkpoint(cfg.logging.run_dir)
-    assert not before.exists()
+    monkeypatch.setattr("megapoly.checkpoint.save._copy_tokenizer", fails)
+    with pytest.raises(CheckpointError, match="step_00000002: cannot be written: disk full"):
+        run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 2))
+    assert find_checkpoint(tmp_path / "run") == first
+    monkeypatch.undo()
+    run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 2))  # goes on from the first, over what the failed save left
+    assert find_checkpoint(tmp_path / "run").name == "step_00000002"
+
+
+def test_a_run_made_longer_goes_on_after_its_short_last_batch(tmp_path: Path) -> None:
+    run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 4, train_samples=19))
+    assert CheckpointReader.open(tmp_path / "run").samples == 19
+    run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 4))
+    after = rows(tiny_config(tmp_path, "gpt2", 4))
+    assert [row["samples"] for row in after] == [8, 16, 19, 27, 32]
+    assert [sum(row["tokens_by_source"].values()) for row in after] == [16 * n for n in (8, 8, 3, 8, 5)]
+
+
+def test_a_checkpoint_holds_its_tokenizer(tmp_path: Path) -> None:
+    class Tokenizer:
+        tokenizer_type, path = "SentencePieceTokenizer", str(tmp_path / "x.model")
+
+    Path(Tokenizer.path).write_bytes(b"pieces")
+    cfg = tiny_config(tmp_path, "gpt2", 2, exit_interval=1)
+    run = build_run(dataclasses.replace(tiny_prepared(cfg), tokenizer=Tokenizer()), single_process_mesh())
+    train(run)
+    Path(Tokenizer.path).unlink()
+    found = CheckpointReader.open(tmp_path / "run").tokenizer_path
+    assert found is not None and found.read_bytes() == b"pieces"
+
+
+def one_tensor(shape: list[int], *chunks: tuple[list[int], list[int]], dtype: str = "float32") -> dict:
+    named = [[offsets, sizes, "shard_00000.safetensors"] for offsets, sizes in chunks]
+    return {"tensors": {"model.final_norm.weight": {"dtype": dtype, "shape": shape, "chunks": named}}}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("state.json", {"config": {"model": []}}),
+        ("state.json", {"config": {"model": {"num_attention_heads": 0}}}),
+        ("state.json", {"config": {"model": {"num_layer": 3}}}),
+        ("state.json", {"step": -1}),
+        ("state.json", {"samples": "8"}),
+        ("metadata.json", one_tensor([10**13], ([0], [10**13]))),
+        ("metadata.json", one_tensor([4], ([0], [2]), ([1], [2]))),
+        ("metadata.json", one_tensor([4], ([0], [4, 1]))),
+        ("metadata.json", one_tensor([4], ([0], [4]), dtype="object")),
+        ("metadata.json", {"format": "pickle"}),
+    ],
+)
+def test_doctored_json_gives_one_clear_line(file: str, change: dict, tmp_path: Path) -> None:
+    saved(tmp_path, tp=1, pp=1, dp=1)
+    path = find_checkpoint(tmp_path / "run") / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointReader.open(tmp_path / "run")
+    assert "\n" not in str(caught.value)

@@ -94,6 +94,23 @@ def test_every_layout_trains_like_one_process(
         assert_same_training(of_rank, reference(family, folder))
 
 
+@pytest.mark.parametrize(
+    ("family", "tp", "pp", "dp", "layer_split"),
+    [("gpt2", 2, 3, 1, None), ("llama", 1, 3, 2, [0, 3, 0]), ("gpt_neox", 2, 2, 2, [3, 0])],
+)
+def test_larger_micro_batches_uneven_stages_and_a_short_last_batch(
+    family: str, tp: int, pp: int, dp: int, layer_split: list[int] | None, tmp_path: Path
+) -> None:
+    def cfg(**layout: Any) -> Config:
+        return tiny_config(tmp_path, family, STEPS, micro_batch_size=2, train_samples=STEPS * 8 - 3, **layout)
+
+    alone = run_ranks(steps_of, cfg())[0]
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "pipeline_layer_split": layer_split}
+    together = run_ranks(steps_of, cfg(sequence_parallel=tp > 1, **layout), tp=tp, pp=pp, dp=dp)
+    assert sum(together[0]["counts"][-1]) == 5 * 16
+    assert_same_training(together[0], alone)
+
+
 def test_the_reference_learns(folder: Path) -> None:
     losses = reference("gpt2", folder)["losses"]
     assert sum(losses[-5:]) < sum(losses[:5]) - 1.0, losses

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 
+from megapoly.config import load_config, preset_names
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.schedule import Action, one_f_one_b
 from megapoly.parallel.stage import make_stage, split_layers
+from megapoly.train.setup import layer_split
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), list(itertools.product((1, 2, 3, 4, 7), (1, 2, 3, 4, 8, 13))))
@@ -65,6 +67,16 @@ def test_polylms_head_takes_layers_from_the_last_stage() -> None:
     # A head of 256,000 entries weighs 8.9 layers at 1.7B and 3.9 at 13B.
     assert split_layers([1.0] * 24, 0.0, 8.9, 2) == [16, 8]
     assert split_layers([1.0] * 40, 0.0, 3.9, 4) == [11, 11, 11, 7]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_splits_over_any_number_of_stages_without_an_empty_one_between(name: str) -> None:
+    cfg = load_config(name)
+    for stages in (2, 3, 4, 5, 8, 10, 16):
+        if stages <= cfg.model.num_layers:
+            split = layer_split(cfg, cfg.tokenizer.vocab_size or 4096, stages)
+            assert sum(split) == cfg.model.num_layers and 0 not in split[1:-1], (stages, split)
+            assert max(split) - min(split[:-1]) <= 1, (stages, split)  # all but the head's stage are even
 
 
 def test_stages_cover_the_layers_once() -> None:
