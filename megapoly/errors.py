@@ -2,10 +2,13 @@
 
 import functools
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_STATUS = 2
+SPEAKER_SECONDS = 20.0
 
 
 class MegapolyError(Exception):
@@ -28,6 +31,12 @@ class CheckpointError(MegapolyError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+def _let_the_speaker_finish() -> None:
+    """Wait until the launcher ends this process: it would end the one that speaks as soon as any other is gone."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_STATUS))
+    time.sleep(SPEAKER_SECONDS)
+
+
 def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
     """Wrap an entry point: a MegapolyError ends in one line on stderr and exit status 2, without a traceback.
 
@@ -39,9 +48,11 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
         try:
             main(*args, **kwargs)
         except MegapolyError as error:
+            sys.stdout.flush()
             if speaks():
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-            sys.stdout.flush()
+            else:
+                _let_the_speaker_finish()
             # os._exit: a half-built process group must not keep the worker alive in its destructors.
             os._exit(EXIT_STATUS)
 

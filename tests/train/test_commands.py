@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,13 @@ def test_two_agents_train_as_one(data: Path, tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for agent in agents:
-        _, errors = agent.communicate(timeout=120)
-        assert agent.returncode == 0, errors
+    try:
+        for agent in agents:
+            _, errors = agent.communicate(timeout=120)
+            assert agent.returncode == 0, errors
+    finally:
+        for agent in agents:
+            agent.kill()
     alone = run([sys.executable, str(ROOT / "examples/pretrain_polylm.sh"), *flags(data, "one")], tmp_path)
     assert alone.returncode == 0, alone.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -171,11 +176,23 @@ def test_bad_input_ends_in_one_line_and_status_2_on_every_rank(
         words += ["--hidden-size", "128"]
     else:
         words += bad_file(data, tmp_path, name)
-    for rank in ("0", "1"):
-        done = run([*script, *words], tmp_path, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == (1 if rank == "0" else 0), done.stderr
-        assert message in done.stderr or rank == "1"
+    ranks = [
+        subprocess.Popen(
+            [*script, *words],
+            cwd=tmp_path,
+            env=os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    _, errors = ranks[0].communicate(timeout=30)
+    assert ranks[0].returncode == 2
+    assert errors.count("\n") == 1 and errors.startswith("error: ") and message in errors, errors
+    time.sleep(2)
+    ranks[1].terminate()  # as the launcher does when it sees the first rank gone
+    _, errors = ranks[1].communicate(timeout=30)
+    assert (ranks[1].returncode, errors) == (2, "")
 
 
 def test_torchrun_ends_too(data: Path, tmp_path: Path) -> None:
