@@ -59,9 +59,12 @@ def provide_corpus(asked: Invocation, corpus: Path) -> None:
     root = Path(asked.cfg.data.data_root)
     is_tiny = asked.name.endswith("tiny") and root == Path("data/tiny")
     if is_tiny and not (root / "manifest.json").is_file() and corpus.is_dir():
+        inputs = [str(path) for path in sorted(corpus.glob("*.jsonl"))]
         if local_rank() == 0:
             print(f"preparing {corpus} for {root} (once)", flush=True)
-        prepare_corpus([str(path) for path in sorted(corpus.glob("*.jsonl"))], str(root))
+            prepare_corpus(inputs, str(root))
+        else:
+            prepare_corpus(inputs, str(root), log=lambda _: None)
 
 
 def dry_run(prepared: Prepared, world: int) -> None:
