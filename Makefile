@@ -15,7 +15,7 @@ HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
-	$(BIN)/python tools/quickstart.py $(if $(DATA),--data $(DATA)) $(FLAGS)
+	$(BIN)/python examples/quickstart.py $(if $(DATA),--data $(DATA)) $(FLAGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

@@ -8,7 +8,7 @@ from megapoly.errors import ConfigError
 
 def _positive(**values: int | float | None) -> None:
     for name, value in values.items():
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} ({value}) must be positive")
 
 
@@ -17,8 +17,12 @@ def check_model(m: ModelConfig) -> None:
     _positive(
         num_layers=m.num_layers, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups, kv_channels=m.kv_channels,
-        seq_length=m.seq_length, norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
+        seq_length=m.seq_length, init_method_std=m.init_method_std,
+        norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
+    for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size), ("seq_length", m.seq_length)):
+        if size > 2**24:
+            raise ConfigError(f"{name} ({size}) is beyond {2**24:,}: surely a slip")
     if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
         raise ConfigError(
             f"num_attention_heads ({m.num_attention_heads}) must divide hidden_size ({m.hidden_size}), "
@@ -94,10 +98,14 @@ def check_training(cfg: Config) -> None:
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
                         ("weight_decay", o.weight_decay), ("lr_warmup_init", s.lr_warmup_init)):  # fmt: skip
         if value < 0 or not math.isfinite(value):
-            raise ConfigError(f"{name} ({value}) must not be negative")
+            raise ConfigError(f"{name} ({value}) must be a finite number of at least 0")
     for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{name} ({beta}) must lie in [0, 1)")
+    if not 0.01 <= cfg.parallel.distributed_timeout_minutes <= 1e6:
+        raise ConfigError(
+            f"distributed_timeout_minutes ({cfg.parallel.distributed_timeout_minutes}) must lie in [0.01, 1e6]"
+        )
     if s.min_lr > s.lr:
         raise ConfigError(f"min_lr ({s.min_lr}) must not exceed lr ({s.lr})")
     if not 0 <= t.seed < 2**63:

@@ -249,9 +249,6 @@ LEAVES: dict[str, str] = {leaf.name: section for section, cls in SECTIONS.items(
 YAML_ONLY = ("sources", "stages")
 
 
-# ------------------------------------------------------------------------------------------------------ layers
-
-
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
     names = (entry.name for entry in resources.files("megapoly").joinpath("presets").iterdir())
@@ -316,7 +313,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:
         return int(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     if hint is str and isinstance(value, str):
         return value
@@ -329,7 +326,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(typing.cast(type, hint), value, where)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise ConfigError(f"{where} must be {names.get(hint, hint)}, not {value!r}")
+    kind = "a list" if typing.get_origin(hint) is list else names.get(hint, "a mapping of keys")
+    raise ConfigError(f"{where} must be {kind}, not {repr(value)[:80]}")
 
 
 def build(cls: type, tree: dict[str, Any], where: str) -> Any:
@@ -340,10 +338,11 @@ def build(cls: type, tree: dict[str, Any], where: str) -> Any:
     for key, value in tree.items():
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(key), list(known))}")
-        values[key] = coerce(value, hints[key], f"{where}.{key}")
+        at = where + key.replace("_", "-") if where == "flag --" else f"{where}.{key}"
+        values[key] = coerce(value, hints[key], at)
         choices = known[key].metadata.get("choices")
         if choices and values[key] is not None and values[key] not in choices:
-            raise ConfigError(f"{where}.{key} must be one of {', '.join(choices)}, not '{values[key]}'")
+            raise ConfigError(f"{at} must be one of {', '.join(choices)}, not '{values[key]}'")
     for name, f in known.items():
         missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if missing and name not in values:
@@ -372,7 +371,7 @@ def load_config(name_or_path: str, flags: dict[str, Any] | None = None) -> Confi
     for leaf, value in (flags or {}).items():
         if leaf not in LEAVES or leaf in YAML_ONLY:
             raise ConfigError(f"unknown flag --{leaf.replace('_', '-')}; {nearest(leaf, list(LEAVES))}")
-        build(SECTIONS[LEAVES[leaf]], {leaf: value}, "flag --" + leaf.replace("_", "-"))
+        build(SECTIONS[LEAVES[leaf]], {leaf: value}, "flag --")
         merged[LEAVES[leaf]][leaf] = value
     cfg = Config(**{section: build(cls, merged[section], section) for section, cls in SECTIONS.items()})
     return with_source_paths(cfg)

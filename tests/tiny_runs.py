@@ -10,7 +10,8 @@ from megapoly.config import SECTIONS, Config, ModelConfig, build
 from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh
-from megapoly.train.setup import Prepared, Run, build_run, resolve, run_length
+from megapoly.train.prepare import Prepared, resolve, run_length
+from megapoly.train.setup import Run, build_run
 
 VOCAB = 1003
 COMMON: dict[str, Any] = {

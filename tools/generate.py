@@ -25,9 +25,15 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 1)):
-        if value < least:
-            raise ConfigError(f"--{name} ({value}) must be at least {least}")
+    for name, value, least in (
+        ("temperature", args.temperature, 0),
+        ("top-k", args.top_k, 1),
+        ("max-new-tokens", args.max_new_tokens, 1),
+    ):
+        if not least <= value < 1e9:
+            raise ConfigError(f"--{name} ({value}) must be a number of at least {least}")
+    if not 0 <= args.seed < 2**63 or any("\udc80" <= char <= "\udcff" for char in "".join(args.prompt)):
+        raise ConfigError(f"--seed ({args.seed}) must lie in [0, 2^63), and prompts must be UTF-8")
     reader = CheckpointReader.open(args.load)
     if reader.tokenizer_path is None:
         raise TokenizerError(f"{reader.folder}: holds no tokenizer (tokenizer.model or tokenizer.json)")

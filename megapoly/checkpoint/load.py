@@ -70,6 +70,10 @@ class CheckpointReader:
             value = state.get(key) if isinstance(state, dict) else None
             if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
                 raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not a {kind.__name__} that can be")
+        if state.get("dtype") not in ("float32", "bfloat16"):
+            raise CheckpointError(f"{path}: entry 'dtype' is {str(state.get('dtype'))[:40]}, not float32 or bfloat16")
+        if _STEP.fullmatch(self.folder.name) and int(self.folder.name[5:]) != state["step"]:
+            raise CheckpointError(f"{path}: entry 'step' is {state['step']}, the folder is {self.folder.name}")
         return dict(state)
 
     @cached_property
@@ -109,7 +113,7 @@ class CheckpointReader:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters in training (the master weights on disk may be wider)."""
-        return torch.bfloat16 if self.state.get("dtype") == "bfloat16" else torch.float32
+        return torch.bfloat16 if self.state["dtype"] == "bfloat16" else torch.float32
 
     @property
     def tokenizer_path(self) -> Path | None:

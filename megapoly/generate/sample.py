@@ -40,7 +40,7 @@ def generate(
     for _ in range(max_new_tokens):
         context = torch.tensor([ids[-model.m.max_positions :]], device=model.head_weight.device)
         logits_V: Tensor = model.logits(model(context))[-1, : model.vocab_size].float().cpu()
-        if temperature == 0:
+        if temperature < 1e-6:
             following = int(logits_V.argmax())
         else:
             top = torch.topk(logits_V / temperature, min(top_k, len(logits_V)))

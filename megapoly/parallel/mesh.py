@@ -3,7 +3,10 @@
 Axes are values that are passed to whoever needs them; the environment is read here and nowhere else.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -81,6 +84,13 @@ def check_devices(cfg: ParallelConfig) -> None:
                 f"{local_world_size()} ranks on this host, which has {gpus} GPU(s): start one rank a GPU "
                 "or use --distributed-backend gloo"
             )
+
+
+def die_with_launcher() -> None:
+    """Have the kernel end this worker when its launcher is gone (Linux): orphans would go on writing to the run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def init_mesh(cfg: ParallelConfig) -> Mesh:

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,18 +15,23 @@ from megapoly.data.corpus import prepare_corpus
 from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.count import flops_per_token, num_parameters
-from megapoly.parallel.mesh import check_devices, init_mesh, leave, local_rank, world_size
+from megapoly.parallel.mesh import check_devices, die_with_launcher, init_mesh, leave, local_rank, world_size
 from megapoly.train.loop import train
-from megapoly.train.setup import Prepared, build_run, layer_split, prepare
+from megapoly.train.prepare import Prepared, prepare
+from megapoly.train.setup import build_run, check_agreement, layer_split, only_writer
 
 
 @dataclasses.dataclass(frozen=True)
 class Invocation:
     """What a command line asks for."""
 
-    cfg: Config
     name: str
+    flags: dict[str, Any]
     is_dry_run: bool
+
+    def config(self) -> Config:
+        """The configuration; it looks for held-out files, so that it is read anew once the data is there."""
+        return load_config(self.name, self.flags)
 
 
 def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
@@ -51,13 +57,13 @@ def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
         name = gpu_preset if is_on_gpu else cpu_preset
         if local_rank() == 0:
             print(f"no --config given: {name} ({'on CUDA' if is_on_gpu else 'on the CPU'})", flush=True)
-    return Invocation(load_config(name, flags), name, is_dry_run)
+    return Invocation(name, flags, is_dry_run)
 
 
-def provide_corpus(asked: Invocation, corpus: Path) -> None:
+def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
     """Prepare the corpus that ships with the examples where a `tiny` preset has not got its data yet."""
-    root = Path(asked.cfg.data.data_root)
-    is_tiny = asked.name.endswith("tiny") and root == Path("data/tiny")
+    root = Path(cfg.data.data_root)
+    is_tiny = name.endswith("tiny") and root == Path("data/tiny")
     if is_tiny and not (root / "manifest.json").is_file() and corpus.is_dir():
         inputs = [str(path) for path in sorted(corpus.glob("*.jsonl"))]
         if local_rank() == 0:
@@ -91,15 +97,16 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
     def run_it() -> None:
         nonlocal is_joined
         asked = parse(sys.argv[1:] if argv is None else argv, gpu_preset, cpu_preset)
-        parallel = asked.cfg.parallel
+        cfg = asked.config()
+        parallel = cfg.parallel
         world = world_size()
         if asked.is_dry_run and world == 1:  # without a launcher: the smallest world that the layout fits
             world = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         else:
             check_devices(parallel)
-        check(asked.cfg, world)
-        provide_corpus(asked, corpus)
-        prepared = prepare(asked.cfg, world, torch.cuda.is_available())
+        check(cfg, world)
+        provide_corpus(asked.name, cfg, corpus)
+        prepared = prepare(asked.config(), world, torch.cuda.is_available())
         if asked.is_dry_run:
             if local_rank() == 0:
                 dry_run(prepared, world)
@@ -112,10 +119,12 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
                     "give another --run-dir to start anew, or longer stages to go on"
                 )
             return
+        die_with_launcher()
         mesh = init_mesh(parallel)
         is_joined = True  # from here on a rank may meet what the others do not
-        run = build_run(prepared, mesh)
-        train(run)
+        check_agreement(prepared, mesh)
+        with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
+            train(build_run(prepared, mesh))
         leave(mesh)
 
     exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()

@@ -3,7 +3,9 @@
 
 import argparse
 import hashlib
+import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,11 +13,15 @@ from pathlib import Path
 
 import torch
 
+from megapoly.cli import parse_flags
 from megapoly.data.corpus import prepare_corpus
 from megapoly.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = "The old clockmaker|Der Zug nach|El río|Вечером мы|图书馆|아침에 우리는|ในตอนเช้า|في الصباح".split("|")
+PROMPTS = {
+    "en": "The old clockmaker", "de": "Der Zug nach", "es": "El río", "ru": "Вечером мы", "zh": "图书馆",
+    "ko": "아침에 우리는", "th": "ในตอนเช้า", "ar": "في الصباح", "fr": "Le matin", "ja": "朝になると",
+}  # fmt: skip
 
 
 def layout_flags() -> tuple[int, list[str]]:
@@ -36,7 +42,7 @@ def layout_flags() -> tuple[int, list[str]]:
 
 def step(title: str, command: list[str]) -> None:
     """Run a command and end with its status where it fails."""
-    print(f"\n== {title}\n$ {' '.join(command)}", flush=True)
+    print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     status = subprocess.run(command, check=False).returncode  # noqa: S603
     if status:
         sys.exit(status)
@@ -59,15 +65,21 @@ def main() -> None:
         inputs, data, config = sorted(map(str, (ROOT / "examples/data").glob("*.jsonl"))), Path("data/tiny"), "tiny"
     print("== corpus, tokenizer, tokens", flush=True)
     prepare_corpus(inputs, str(data))
+    manifest = (data / "manifest.json").read_bytes()
     # The run's name follows the prepared data, so that changed text starts a run anew instead of spoiling an old one.
-    manifest = hashlib.blake2b((data / "manifest.json").read_bytes(), digest_size=4).hexdigest()
-    run = f"runs/{data.name}-{manifest}"
+    run = parse_flags(flags)[0].get(
+        "run_dir", f"runs/{data.name}-{hashlib.blake2b(manifest, digest_size=4).hexdigest()}"
+    )
     ranks, layout = layout_flags()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = [str(ROOT / "examples/pretrain_polylm.sh"), "--config", config, "--run-dir", run, *layout, *flags]
+    script = [str(ROOT / "examples/pretrain_polylm.sh"), "--config", config, *layout, *flags, "--run-dir", run]
     step("training", [*torchrun, *script])
+    if "--dry-run" in flags:
+        return
     python, tools = sys.executable, ROOT / "tools"
-    step("samples (prompt | continuation)", [python, str(tools / "generate.py"), "--load", run, "--prompt", *PROMPTS])
+    languages = json.loads(manifest)["languages"]
+    prompts = [prompt for language, prompt in PROMPTS.items() if language in languages] or list(PROMPTS.values())[:3]
+    step("samples (prompt | continuation)", [python, str(tools / "generate.py"), "--load", run, "--prompt", *prompts])
     convert = [python, str(tools / "convert_to_hf.py"), "--load", run, "--save", f"{run}/hf", "--check"]
     step("export to Hugging Face", convert)
     print(f"\ndone in {time.time() - begin:.0f} s: {run}/metrics.jsonl, {run}/checkpoints, {run}/hf")

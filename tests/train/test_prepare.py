@@ -1,0 +1,85 @@
+"""What is found before any process group exists, and what guards a run's directory."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny_runs import tiny_config, tiny_prepared, tiny_run
+
+from megapoly.config import Config
+from megapoly.errors import CheckpointError, ConfigError
+from megapoly.parallel.mesh import Mesh
+from megapoly.train.loop import train
+from megapoly.train.prepare import _check_writable, _starting_point
+from megapoly.train.setup import check_agreement, only_writer
+
+
+def train_it(mesh: Mesh, cfg: Config) -> None:
+    train(tiny_run(mesh, cfg))
+
+
+def starting_point(cfg: Config) -> None:
+    prepared = tiny_prepared(cfg)
+    _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
+
+
+def test_changed_files_of_the_same_length_are_noticed(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", 2, exit_interval=1)
+    run_ranks(train_it, cfg)
+    starting_point(cfg)
+    path = tmp_path / "ko_text_document.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="source ko is another file now"):
+        starting_point(cfg)
+
+
+def test_step_folders_without_latest_are_not_trained_over(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", 2, exit_interval=1)
+    run_ranks(train_it, cfg)
+    (tmp_path / "run/checkpoints/latest").unlink()
+    with pytest.raises(CheckpointError, match="no `latest`"):
+        starting_point(cfg)
+
+
+def test_another_plan_is_refused_but_a_longer_one_goes_on(tmp_path: Path) -> None:
+    run_ranks(train_it, tiny_config(tmp_path, "gpt2", 2, exit_interval=1))
+    starting_point(tiny_config(tmp_path, "gpt2", 8))
+    with pytest.raises(CheckpointError, match="another data plan"):
+        starting_point(tiny_config(tmp_path, "gpt2", 2, seed=5))
+    with pytest.raises(CheckpointError, match="global_batch_size 8, not 4"):
+        starting_point(tiny_config(tmp_path, "gpt2", 2, global_batch_size=4))
+
+
+def test_one_job_writes_to_a_run(tmp_path: Path) -> None:
+    with only_writer(str(tmp_path / "run"), is_main=True):
+        with pytest.raises(ConfigError, match="another job is writing"), only_writer(str(tmp_path / "run"), True):
+            pass
+        with only_writer(str(tmp_path / "run"), is_main=False):
+            pass
+    with only_writer(str(tmp_path / "run"), is_main=True):
+        pass
+
+
+def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(ConfigError, match="no writable directory"):
+            _check_writable(str(place))
+    _check_writable(str(tmp_path / "new/deeper"))
+
+
+def disagree(mesh: Mesh, folder: Path) -> str:
+    seed = 1 if mesh.world.rank == 1 else 0
+    try:
+        check_agreement(tiny_prepared(tiny_config(folder, "gpt2", 2, seed=seed)), mesh)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_sees_another_configuration_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config(tmp_path, "gpt2", 2)  # the files, once
+    monkeypatch.setattr("megapoly.train.setup.time.sleep", lambda _: None)
+    assert "rank 1 sees another configuration" in run_ranks(disagree, tmp_path, dp=2)[0]
