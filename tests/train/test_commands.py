@@ -57,6 +57,39 @@ def test_torchrun_starts_the_script_and_a_second_start_knows_that_it_is_finished
     assert again.returncode == 0 and "is finished (3 steps)" in again.stdout
 
 
+def test_a_fresh_folder_prepares_the_corpus_of_the_examples_once(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(ROOT / "examples/pretrain_polylm.sh")]
+    done = run([*command, "--run-dir", "run", *SMALL], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("preparing ") == 1 and "held-out loss" in done.stdout
+    assert (tmp_path / "data/tiny/manifest.json").is_file()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_workers_end_with_their_launcher(data: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(ROOT / "examples/pretrain_polylm.sh")]
+    words = ["--config", "tiny", "--data-root", str(data), "--run-dir", "run", "--eval-iters", "1"]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen([*command, *words], cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        deadline = time.time() + 60
+        while "step   3/" not in (tmp_path / "log").read_text():
+            assert time.time() < deadline and launcher.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        workers = children(launcher.pid)
+        assert len(workers) == 2
+    finally:
+        launcher.kill()
+        launcher.wait()
+    deadline = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.time() < deadline, "a worker outlived its launcher"
+        time.sleep(0.2)
+
+
 def test_bash_starts_the_same_file(data: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = run(["bash", str(ROOT / "examples/pretrain_polylm.sh"), *flags(data, "run")], tmp_path, NPROC="2", PATH=path)
