@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """The whole way once: corpus, tokenizer, tokens, 3D-parallel training, samples, export, check (`make pretrain`)."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megapoly.arguments import ArgumentParser
 from megapoly.cli import parse_flags
 from megapoly.data.corpus import prepare_corpus
 from megapoly.errors import exit_on_error
@@ -51,7 +51,7 @@ def step(title: str, command: list[str]) -> None:
 @exit_on_error
 def main() -> None:
     """Prepare the text, train on it, sample from the result, export it and load the export."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", nargs="+", help="JSONL files of your own, {text, lang} a line (default: examples/data)"
     )

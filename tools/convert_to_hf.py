@@ -1,9 +1,9 @@
 """Write a megapoly checkpoint as a Hugging Face directory (GPT2LMHeadModel, GPTNeoXForCausalLM or LlamaForCausalLM)."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from megapoly.arguments import ArgumentParser
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.errors import CheckpointError, MegapolyError, exit_on_error
 from megapoly.hf.export import DTYPES, export
@@ -11,7 +11,7 @@ from megapoly.hf.export import DTYPES, export
 
 @exit_on_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="CKPT", help="a run, its checkpoints/ or one step's folder")
     parser.add_argument(
         "--save", required=True, metavar="DIR", help="directory to write; an earlier export is replaced"

@@ -1,18 +1,20 @@
 """Show a data plan before any training: python tools/curriculum.py CONFIG [--json] [--samples A:B] [--flag value ..]"""
 
-import argparse
 import json
 import re
 import signal
 import sys
 
+from megapoly.arguments import ArgumentParser
+from megapoly.checks import check_model, check_training
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config
 from megapoly.data.curriculum import Plan, describe, make_plan, open_sources, summary
 from megapoly.errors import ConfigError, exit_on_error
 
+SYNOPSIS = "usage: tools/curriculum.py CONFIG [--json] [--samples A:B] [--flag value ..]"
 USAGE = (
-    "usage: tools/curriculum.py CONFIG [--json] [--samples A:B] [--flag value ..]\n\n"
+    f"{SYNOPSIS}\n\n"
     "  CONFIG         a YAML file or the name of a preset\n"
     "  --json         the plan as one JSON object instead of tables\n"
     "  --samples A:B  samples A to B (B excluded, counted from 0) as JSON lines instead\n"
@@ -21,9 +23,9 @@ CHUNK = 1 << 14
 
 
 def parse_range(text: str, num_samples: int) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]*):([0-9]*)", text)
+    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text)
     if not match:
-        raise ConfigError(f"--samples ({text}) must be A:B, two sample numbers such as 0:100")
+        raise ConfigError(f"--samples ({text[:80]}) must be A:B, two sample numbers such as 0:100")
     begin, end = int(match[1] or 0), int(match[2] or num_samples)
     if not begin <= end <= num_samples:
         raise ConfigError(f"--samples ({text}) must be a range within the plan's {num_samples} samples")
@@ -44,21 +46,27 @@ def print_samples(plan: Plan, begin: int, end: int) -> None:
 def main(argv: list[str]) -> None:
     # A reader that closes early, as `| head` does, ends the listing quietly.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if not argv or {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & set(argv):
         print(help_text(USAGE))
         return
     flags, words = parse_flags(argv)
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    if "--samples" in words[:-1]:  # argparse would take -5:3 for an option
+        at = words.index("--samples")
+        words[at : at + 2] = ["=".join(words[at : at + 2])]
+    parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--samples", nargs="?", const="")
-    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--samples")
+    parser.add_argument("--config", action="append", default=[])
     options, rest = parser.parse_known_args(words)
-    positional = [word for word in rest if not word.startswith("--")]
-    config = options.config or (positional[0] if positional else None)
-    refuse_unknown([word for word in rest if word != config], known=("json", "samples", "config"))
-    if config is None:
-        raise ConfigError("no config is given: tools/curriculum.py CONFIG, a YAML file or the name of a preset")
-    cfg = load_config(config, flags)
+    refuse_unknown([word for word in rest if word.startswith("-")], known=("json", "samples", "config"))
+    configs = [*options.config, *rest]
+    if not configs:
+        raise ConfigError(f"no config is given; {SYNOPSIS}")
+    if len(configs) > 1:
+        raise ConfigError(f"{len(configs)} configs are given ({', '.join(configs)}); give one")
+    cfg = load_config(configs[0], flags)
+    check_model(cfg.model)
+    check_training(cfg)
     plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
     if options.samples is not None:
         print_samples(plan, *parse_range(options.samples, plan.num_samples))

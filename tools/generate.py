@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Continue prompts with a checkpoint."""
 
-import argparse
-
+from megapoly.arguments import ArgumentParser
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.errors import ConfigError, TokenizerError, exit_on_error
 from megapoly.generate.sample import generate, load_model
@@ -17,7 +16,7 @@ def one_line(text: str) -> str:
 @exit_on_error
 def main() -> None:
     """Read the flags, load the model on this process, print a continuation of each prompt."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--load", required=True, help="a run, its checkpoints/ or a step folder")
     parser.add_argument("--prompt", nargs="+", required=True, help="beginnings of texts")
     parser.add_argument("--max-new-tokens", type=int, default=48)

@@ -2,13 +2,14 @@
 
 import argparse
 
+from megapoly.arguments import ArgumentParser
 from megapoly.data.preprocess import preprocess
 from megapoly.errors import exit_on_error
 from megapoly.tokenizer.load import TOKENIZER_TYPES
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Encode JSONL files into PREFIX_text_document.bin/.idx.")
+    parser = ArgumentParser(description="Encode JSONL files into PREFIX_text_document.bin/.idx.")
     parser.add_argument("--input", nargs="+", required=True, help="JSONL files, plain, .gz or .zst")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of PREFIX_text_document.bin/.idx")
     parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)

@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Iterator
 
+from megapoly.arguments import ArgumentParser
 from megapoly.data.preprocess import read_documents
-from megapoly.errors import exit_on_error
+from megapoly.errors import TokenizerError, exit_on_error
 from megapoly.tokenizer.load import TOKENIZER_TYPES, load_tokenizer
 from megapoly.tokenizer.train import (
+    UnsuitableText,
     balance_languages,
     bytes_per_token,
     train_byte_level_bpe,
@@ -15,7 +17,7 @@ from megapoly.tokenizer.train import (
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a tokenizer and print its bytes per token by language.")
+    parser = ArgumentParser(description="Train a tokenizer and print its bytes per token by language.")
     parser.add_argument("--input", nargs="+", required=True, help="JSONL files, plain, .gz or .zst, with text and lang")
     parser.add_argument("--output", required=True, help="a .model, or for HuggingFaceTokenizer a .json or directory")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0])
@@ -36,11 +38,14 @@ def main() -> None:
             yield str(document.get("lang", "all")), document["text"]
 
     texts = balance_languages(documents, arguments.alpha, arguments.max_bytes)
-    if arguments.tokenizer_type == "SentencePieceTokenizer":
-        coverage = arguments.character_coverage
-        train_sentencepiece(texts, arguments.output, arguments.vocab_size, arguments.model_type, coverage)
-    else:
-        train_byte_level_bpe(texts, arguments.output, arguments.vocab_size)
+    try:
+        if arguments.tokenizer_type == "SentencePieceTokenizer":
+            coverage = arguments.character_coverage
+            train_sentencepiece(texts, arguments.output, arguments.vocab_size, arguments.model_type, coverage)
+        else:
+            train_byte_level_bpe(texts, arguments.output, arguments.vocab_size)
+    except UnsuitableText as error:
+        raise TokenizerError(f"{', '.join(arguments.input)}: {error}") from None
     tokenizer = load_tokenizer(arguments.tokenizer_type, arguments.output)
     print(f"{arguments.output}: {tokenizer.vocab_size} pieces, end of document {tokenizer.eod}")
     for language, ratio in bytes_per_token(tokenizer, documents()).items():

@@ -19,11 +19,23 @@ import yaml
 from megapoly.config import load_config
 from megapoly.data.preprocess import identity, is_held_out, preprocess, read_documents
 from megapoly.errors import DataError
-from megapoly.tokenizer.train import VocabularyTooLarge, balance_languages, character_coverage, train_sentencepiece
+from megapoly.tokenizer.train import (
+    VocabularyTooLarge,
+    balance_languages,
+    character_coverage,
+    check_vocab_size,
+    train_sentencepiece,
+)
 
 # PolyLM's languages (arXiv 2307.06018).
 LANGUAGES = ("en", "zh", "es", "fr", "pt", "ru", "de", "it", "ar", "ja", "ko", "th", "vi", "id", "nl", "pl", "tr", "he")
 UNDETERMINED = "und"
+# ISO 639-3 (and the older 639-2/B) codes of the same languages.
+TWO_LETTERS = dict(
+    eng="en", zho="zh", chi="zh", cmn="zh", spa="es", fra="fr", fre="fr", por="pt", rus="ru", deu="de", ger="de",
+    ita="it", ara="ar", jpn="ja", kor="ko", tha="th", vie="vi", ind="id", nld="nl", dut="nl", pol="pl", tur="tr",
+    heb="he",
+)  # fmt: skip
 FORMAT = 1
 ALPHA = 0.5
 TOKENIZER_BYTES = 64 << 20
@@ -62,8 +74,13 @@ def prepare_corpus(
     """JSONL with {text, lang?, id?} to tokenizer, token files by language, manifest and config.yaml in output_dir.
 
     Where the manifest shows that the same inputs and options were prepared before, nothing is done; several processes
-    may call this at once. Returns the manifest. Raises DataError for unreadable input, bad lines and too little text.
+    may call this at once. A failure leaves what an earlier call has prepared. Returns the manifest. Raises DataError
+    for unreadable input, bad lines and too little text, TokenizerError for a vocab_size that cannot be.
     """
+    if not 0 <= valid_fraction < 1:
+        raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
+    check_vocab_size(vocab_size)
+    languages = [TWO_LETTERS.get(code, code) for code in languages]
     for code in languages:
         if not re.fullmatch(r"[a-z]{2,3}", code):
             raise DataError(f"language '{code}' is no code of two or three small letters, such as en or ko")
@@ -77,7 +94,7 @@ def prepare_corpus(
             options = {
                 "vocab_size": vocab_size,
                 "valid_fraction": valid_fraction,
-                "languages": list(languages),
+                "languages": languages,
                 "alpha": ALPHA,
                 "seq_length": tiny.data.block_length or tiny.model.seq_length,
                 "global_batch_size": tiny.train.global_batch_size,
@@ -130,11 +147,10 @@ def _build(
     options: dict[str, Any],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    for name in (*_own_files(_read_manifest(out)), "manifest.json"):
-        (out / name).unlink(missing_ok=True)  # files of other inputs must not stay beside the new ones
     work = out / ".building"
+    ready = work / "ready"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    ready.mkdir(parents=True)
     try:
         fraction = options["valid_fraction"]
         tables, characters = _split_by_language(inputs, work, options["languages"], fraction)
@@ -144,27 +160,39 @@ def _build(
             tables, characters = _split_by_language(inputs, work, options["languages"], fraction)
         for language in [name for name, table in tables.items() if table.held_out == table.documents]:
             log(f"{language}: left out, as all of its {tables.pop(language).documents} documents are held out")
-        vocab_size = _train_tokenizer(work, out, sorted(tables), characters, options["vocab_size"], fraction, log)
-        _write_tokens(work, out, tables, fraction)
+        vocab_size = _train_tokenizer(work, ready, sorted(tables), characters, options["vocab_size"], fraction, log)
+        _write_tokens(work, ready, tables, fraction)
+        _print_table(tables, log)
+        config = make_config(str(out), tables, options["seq_length"], options["global_batch_size"], log)
+        (ready / "config.yaml").write_text(config, encoding="utf-8")
+        manifest = {
+            "format": FORMAT,
+            "inputs": sources,
+            "options": options,
+            "tokenizer": {"tokenizer_type": "SentencePieceTokenizer", "vocab_size": vocab_size},
+            "languages": {name: asdict(table) for name, table in sorted(tables.items())},
+            "files": {path.name: path.stat().st_size for path in sorted(ready.iterdir())},
+        }
+        _move_into_place(ready, out, manifest)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _print_table(tables, log)
-    config = make_config(str(out), tables, options["seq_length"], options["global_batch_size"], log)
-    (out / "config.yaml").write_text(config, encoding="utf-8")
-    names = ["tokenizer.model", "config.yaml", *sorted(path.name for path in out.glob("*_text_document.*"))]
-    manifest = {
-        "format": FORMAT,
-        "inputs": sources,
-        "options": options,
-        "tokenizer": {"tokenizer_type": "SentencePieceTokenizer", "vocab_size": vocab_size},
-        "languages": {name: asdict(table) for name, table in sorted(tables.items())},
-        "files": {name: (out / name).stat().st_size for name in names},
-    }
-    temporary = out / "manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "manifest.json")
     log(f"{out}: ready; train on it with --config {out / 'config.yaml'}")
     return manifest
+
+
+def _move_into_place(ready: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Replace the files of an earlier call; one that was cut off here leaves no manifest, and is built again."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (ready / "manifest.json").write_text(text, encoding="utf-8")
+    stale = set(_own_files(_read_manifest(out)))
+    # Held-out text is found by its name alone, whether a manifest knows it or not.
+    stale |= {f"{name}_valid_text_document{end}" for name in manifest["languages"] for end in (".bin", ".idx")}
+    (out / "manifest.json").unlink(missing_ok=True)
+    for name in manifest["files"]:
+        os.replace(ready / name, out / name)
+    for name in stale - set(manifest["files"]):
+        (out / name).unlink(missing_ok=True)
+    os.replace(ready / "manifest.json", out / "manifest.json")
 
 
 # ------------------------------------------------------------------------------------------------- languages
@@ -193,12 +221,15 @@ class LanguageIdentifier:
         return str(language) if is_told else UNDETERMINED
 
 
-def language_of(document: dict[str, Any], languages: Sequence[str], identify: Callable[[str], str]) -> tuple[str, bool]:
-    """A document's language and whether it had to be identified: `en-GB` is en where en is configured."""
+def language_of(document: dict[str, Any], identify: Callable[[str], str]) -> tuple[str, bool]:
+    """A document's code of two letters (three where it has no other) and whether it had to be identified.
+
+    `en-GB`, `EN` and `eng` are en. What is no code at all is identified.
+    """
     given = document.get("lang")
     if isinstance(given, str) and _CODE.fullmatch(given):
         primary = re.split("[-_]", given)[0].lower()
-        return (primary if primary in languages else given.replace("_", "-")), False
+        return TWO_LETTERS.get(primary, primary), False
     return identify(document["text"]), True
 
 
@@ -215,7 +246,7 @@ def _split_by_language(
             text = document["text"]
             if not text.strip():
                 continue
-            language, was_identified = language_of(document, languages, identify)
+            language, was_identified = language_of(document, identify)
             if language not in files:
                 files[language] = stack.enter_context(open(work / f"{language}.jsonl", "w", encoding="utf-8"))
             name = identity(document)

@@ -8,6 +8,8 @@ tokens outside its `code_share` between sources of language en and all others, b
 import hashlib
 import json
 import math
+import re
+import textwrap
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +25,6 @@ from megapoly.errors import ConfigError, DataError
 
 # More epochs than this cost quality (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
 MANY_EPOCHS = 4
-
-
 Number = int | float | Fraction
 KINDS = ("text", "parallel", "code")
 ENGLISH, NON_ENGLISH, CODE = PARTS = ("English", "non-English", "code")
@@ -152,9 +152,7 @@ def make_plan(cfg: Config, tokens_by_source: Sequence[int]) -> Plan:
     if not sources:
         raise ConfigError("data.sources is empty: give at least one source with name, language and paths in the YAML")
     if not stages:
-        raise ConfigError(
-            "curriculum.stages is empty: give at least one stage with name, tokens and shares in the YAML"
-        )
+        raise ConfigError("curriculum.stages is empty: give at least one stage with name, tokens and shares")
     _refuse_duplicates("source", [source.name for source in sources])
     _refuse_duplicates("stage", [stage.name for stage in stages])
     length = _block_length(cfg)
@@ -164,15 +162,14 @@ def make_plan(cfg: Config, tokens_by_source: Sequence[int]) -> Plan:
     tokens = begin = 0
     for source in sources:
         _weight(source.weight, f"source '{source.name}': weight")
+        _refuse_language(source)
         if source.kind not in KINDS:
             raise ConfigError(
                 f"source '{source.name}': kind '{source.kind}' is unknown; {nearest(source.kind, list(KINDS))}"
             )
     for stage in stages:
         if stage.tokens < length:
-            raise ConfigError(
-                f"stage '{stage.name}': tokens ({stage.tokens}) is less than one slice of {length} tokens"
-            )
+            raise ConfigError(f"stage '{stage.name}': tokens ({stage.tokens}) is less than one slice of {length}")
         tokens += stage.tokens
         if tokens > MOST_TOKENS:
             raise ConfigError(f"stage '{stage.name}': the budgets add up to {tokens} tokens, more than {MOST_TOKENS}")
@@ -189,9 +186,16 @@ def make_plan(cfg: Config, tokens_by_source: Sequence[int]) -> Plan:
 def _refuse_duplicates(what: str, names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(
-                f"{what} '{name}' appears {names.count(name)} times: every {what} needs a name of its own"
-            )
+            raise ConfigError(f"{what} '{name}' appears {names.count(name)} times: give each {what} its own name")
+
+
+def _refuse_language(source: Source) -> None:
+    """`EN` or `eng` would silently count as non-English."""
+    code = re.split("[-_]", source.language.lower())[0]
+    code = "en" if code in ("eng", "english") else code
+    if code != source.language or not re.fullmatch("[a-z]{2,3}", code):
+        fix = f"write '{code}'" if re.fullmatch("[a-z]{2,3}", code) else "write a code such as 'en' or 'ko'"
+        raise ConfigError(f"source '{source.name}': language '{source.language}' is no lower-case code; {fix}")
 
 
 def _block_length(cfg: Config) -> int:
@@ -352,10 +356,9 @@ def describe(plan: Plan) -> str:
     lines = [f"{len(plan.stages)} stages, {size}, seed {plan.seed}, fingerprint {facts['fingerprint']}"]
     for stage in facts["stages"]:
         lines += ["", *_stage_lines(stage)]
-    lines += ["", "sources"]
-    for source in plan.sources:
-        tail = f"the last {source.dropped_tokens:,} tokens fill no slice and are not read"
-        lines.append(f"  {source.name}: {source.tokens:,} tokens, {source.slices:,} full slices; {tail}")
+    if tails := ", ".join(f"{source.name} {source.dropped_tokens}" for source in plan.sources if source.dropped_tokens):
+        text = f"tails too short for a slice, not read (tokens): {tails}"
+        lines += ["", *textwrap.wrap(text, 120, subsequent_indent="  ", break_long_words=False)]
     last = facts["stages"][-1]["sources"]
     lines += [
         f"warning: source '{row['source']}' is read {row['epochs_so_far']:.2f} epochs, more than {MANY_EPOCHS}"

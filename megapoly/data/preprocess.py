@@ -12,8 +12,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,7 +201,6 @@ _worker: tuple[_Job, Tokenizer] | None = None
 
 def _encode(job: _Job, tokenizer: Tokenizer, lines: Lines) -> _Batch:
     path, numbered = lines
-    dtype = token_dtype(tokenizer.vocab_size)
     ids: dict[str, list[int]] = {key: [] for key in job.json_keys}
     lengths: dict[str, list[int]] = {key: [] for key in job.json_keys}
     held_out: list[bool] = []
@@ -225,14 +223,9 @@ def _encode(job: _Job, tokenizer: Tokenizer, lines: Lines) -> _Batch:
             ids[key] += encoded
             lengths[key].append(len(encoded))
             text_bytes += len(document[key].encode())
-    return _Batch(
-        tokens={key: np.array(value, dtype=dtype) for key, value in ids.items()},
-        lengths={key: np.array(value, dtype=np.int64) for key, value in lengths.items()},
-        held_out=np.array(held_out, dtype=bool),
-        text_bytes=text_bytes,
-        bad_lines=bad_lines,
-        error=error,
-    )
+    tokens = {key: np.array(value, dtype=token_dtype(tokenizer.vocab_size)) for key, value in ids.items()}
+    sizes = {key: np.array(value, dtype=np.int64) for key, value in lengths.items()}
+    return _Batch(tokens, sizes, np.array(held_out, dtype=bool), text_bytes, bad_lines, error)
 
 
 def _start_worker(job: _Job) -> None:
@@ -286,7 +279,7 @@ def _encoded_batches(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise DataError("a worker process died, often for want of memory; give fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -298,10 +291,10 @@ def _encoded_batches(
 class _Outputs:
     """The writers of one key: of training text and, where a fraction was asked for, of held-out text."""
 
-    def __init__(self, stack: ExitStack, prefix: str, key: str, vocab_size: int, has_valid: bool) -> None:
+    def __init__(self, stack: ExitStack, job: _Job, prefix: str, key: str, vocab_size: int) -> None:
         self.train = stack.enter_context(IndexedDatasetWriter(f"{prefix}_{key}_document", vocab_size))
         self.valid: IndexedDatasetWriter | None = None
-        if has_valid:
+        if job.valid_fraction:
             self.valid = stack.enter_context(IndexedDatasetWriter(f"{prefix}_valid_{key}_document", vocab_size))
 
     def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64], held_out: npt.NDArray[Any]) -> None:
@@ -349,19 +342,17 @@ def preprocess(
         raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
     if on_bad_line not in ("error", "skip"):
         raise DataError(f"on_bad_line '{on_bad_line}' is unknown; known: error, skip")
+    _refuse_keys(json_keys, valid_fraction)
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
     job = _Job(tokenizer_type, tokenizer_model, append_eod, tuple(json_keys), valid_fraction, on_bad_line == "skip")
     try:
         with ExitStack() as stack:
-            outputs = {
-                key: _Outputs(stack, output_prefix, key, tokenizer.vocab_size, valid_fraction > 0)
-                for key in job.json_keys
-            }
+            outputs = {key: _Outputs(stack, job, output_prefix, key, tokenizer.vocab_size) for key in json_keys}
             # closing: on an error the worker processes end before this function does.
             batches = stack.enter_context(closing(_encoded_batches(job, tokenizer, inputs, workers)))
             summary = _write_all(job, batches, outputs, log_interval, log)
             if not summary.documents:
-                raise DataError(f"{', '.join(inputs)}: no documents to write ({summary}); check --input")
+                raise _no_documents(inputs, summary)
             for output in outputs.values():
                 output.finalize()
     except OSError as error:
@@ -369,12 +360,23 @@ def preprocess(
     return summary
 
 
+def _refuse_keys(keys: Sequence[str], valid_fraction: float) -> None:
+    names = [*keys, *(f"valid_{key}" for key in keys if valid_fraction)]
+    for key in names:
+        if not key or "/" in key or key.startswith("."):
+            raise DataError(f"json_keys: '{key}' is no plain name: it is a part of the names of the output files")
+        if names.count(key) > 1:
+            raise DataError(f"json_keys: two outputs would be PREFIX_{key}_document; give each key once")
+
+
+def _no_documents(inputs: Sequence[str], s: Summary) -> DataError:
+    counts = {"empty": s.empty, "held out": s.held_out, "bad lines": sum(s.bad_lines.values())}
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no lines at all"
+    return DataError(f"{', '.join(inputs)}: no documents to write ({found}); give files with text as --input")
+
+
 def _write_all(
-    job: _Job,
-    batches: Iterator[_Batch],
-    outputs: dict[str, _Outputs],
-    log_interval: int,
-    log: Callable[[str], None],
+    job: _Job, batches: Iterator[_Batch], outputs: dict[str, _Outputs], log_interval: int, log: Callable[[str], None]
 ) -> Summary:
     summary, start, seen, first = Summary(), time.monotonic(), 0, job.json_keys[0]
     for batch in batches:

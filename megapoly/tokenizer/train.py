@@ -23,14 +23,25 @@ _CUTS = re.compile("[\t\n\r\0\u2585]")
 _CHARACTERS_PER_SENTENCE = 4096
 _META_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
 _END_OF_TEXT = "<|endoftext|>"
+MOST_PIECES = 10_000_000
 
 
-class VocabularyTooLarge(TokenizerError):
+class UnsuitableText(TokenizerError):
+    """The text, rather than an option, is why there is no tokenizer."""
+
+
+class VocabularyTooLarge(UnsuitableText):
     """The text has not enough to say for a vocabulary of the size asked for; `largest` is what it can fill."""
 
     def __init__(self, message: str, largest: int) -> None:
         super().__init__(message)
         self.largest = largest
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse (TokenizerError) a size that no text could give."""
+    if not 1 <= vocab_size <= MOST_PIECES:
+        raise TokenizerError(f"vocab_size ({vocab_size}) must lie in [1, {MOST_PIECES:,}]")
 
 
 def train_sentencepiece(
@@ -46,6 +57,12 @@ def train_sentencepiece(
     No space is put before a text: so `transformers.LlamaTokenizer` with add_prefix_space=False gives equal ids (bpe).
     Equal texts give an equal file. Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
+    check_vocab_size(vocab_size)
+    if vocab_size <= _META_PIECES:
+        least = _META_PIECES + 1
+        raise TokenizerError(
+            f"vocab_size ({vocab_size}) must be at least {least}: bytes, special tokens and a character"
+        )
     if model_type not in ("bpe", "unigram"):
         raise TokenizerError(f"model_type '{model_type}' is unknown; known: bpe, unigram")
     if not 0.98 <= character_coverage <= 1:
@@ -87,6 +104,7 @@ def train_byte_level_bpe(
     `path` is a tokenizer.json, or a directory that then also gets tokenizer_config.json. Every text round-trips.
     Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
+    check_vocab_size(vocab_size)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(special_tokens)
     if vocab_size < smallest:
@@ -104,7 +122,7 @@ def train_byte_level_bpe(
     tokenizer.train_from_iterator(iter(source), trainer)
     source.reraise()
     if not source.count:
-        raise TokenizerError("there is no text to train a tokenizer on; check the input files")
+        raise UnsuitableText("there is no text to train a tokenizer on; check the input files")
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size < vocab_size:
         raise _too_large(vocab_size, size)
@@ -123,7 +141,12 @@ def balance_languages(
 
     `documents` is called twice, to count and to yield. Small languages are repeated and, below `max_bytes` in all, no
     text is left out; the choice depends on the text alone. XLM-R (arXiv 1911.02116) has alpha 0.3; 1 changes nothing.
+    Raises TokenizerError, once it is read from, for an alpha outside [0, 1] and for max_bytes below 1.
     """
+    if not 0 <= alpha <= 1:
+        raise TokenizerError(f"alpha ({alpha}) must lie in [0, 1]: 1 keeps the shares of the text, 0 makes them equal")
+    if max_bytes < 1:
+        raise TokenizerError(f"max_bytes ({max_bytes}) must be at least 1")
     sizes: Counter[str] = Counter()
     for language, text in documents():
         sizes[language] += len(text.encode(errors="replace"))
@@ -194,14 +217,14 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 def _training_error(message: str, n_sentences: int, vocab_size: int) -> TokenizerError:
     """SentencePiece's own words (a file and line of C++) as one line with a way out."""
     if n_sentences == 0:
-        return TokenizerError("there is no text to train a tokenizer on; check the input files")
+        return UnsuitableText("there is no text to train a tokenizer on; check the input files")
     if match := re.search(r"value <= (\d+)", message):
         return _too_large(vocab_size, int(match[1]))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return TokenizerError(
             f"vocab_size ({vocab_size}) must be at least {match[1]}: bytes, special tokens and the text's characters"
         )
-    return TokenizerError(f"SentencePiece cannot train on this text: {' '.join(message.split())[:200]}")
+    return UnsuitableText(f"SentencePiece cannot train on this text: {' '.join(message.split())[:200]}")
 
 
 def _too_large(vocab_size: int, largest: int) -> VocabularyTooLarge:

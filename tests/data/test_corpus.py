@@ -16,7 +16,7 @@ from megapoly.data import corpus
 from megapoly.data.corpus import LanguageTable, make_config, prepare_corpus
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.preprocess import is_held_out
-from megapoly.errors import DataError
+from megapoly.errors import DataError, MegapolyError
 from megapoly.tokenizer.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +230,62 @@ def test_bad_input_is_one_line_and_not_called_ready(tmp_path: Path) -> None:
         prepare_corpus([write(tmp_path / "q.jsonl", [{"text": "what is it"}])], out, languages=["en", "qqq"])
 
 
+def test_a_failure_leaves_what_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, out = write(tmp_path / "good.jsonl", documents("en ko")), tmp_path / "out"
+    prepare_corpus([good], str(out), vocab_size=500)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"body": 1}\n')
+    write(tmp_path / "short.jsonl", [{"text": "only a few words", "lang": "en"}])
+    for name, words in (("bad", "line 2"), ("short", "too little text")):
+        with pytest.raises(DataError, match=words):
+            prepare_corpus([str(tmp_path / f"{name}.jsonl")], str(out), vocab_size=500)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    write(tmp_path / "good.jsonl", documents("ko ru"))
+    # Cut off while files change places, it must not pass for either text.
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        late = out / "ru_text_document.bin"
+        patch.setattr(os, "replace", lambda a, b: 1 / 0 if Path(b) == late else replace(a, b))
+        with pytest.raises(ZeroDivisionError):
+            prepare_corpus([good], str(out), vocab_size=500)
+    assert not (out / "manifest.json").exists()
+    manifest = prepare_corpus([good], str(out), vocab_size=500)
+    assert sorted(manifest["languages"]) == ["ko", "ru"]
+
+
+def test_held_out_text_of_an_unknown_past_does_not_stay(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "a.jsonl", documents("en")), tmp_path / "out"
+    prepare_corpus([source], str(out), vocab_size=500)
+    (out / "manifest.json").unlink()
+    assert list(out.glob("en_valid_*"))
+    prepare_corpus([source], str(out), vocab_size=500, valid_fraction=0.0)
+    assert not list(out.glob("en_valid_*"))
+
+
+def test_codes_of_three_letters_are_those_of_two() -> None:
+    def identify(_: str) -> str:
+        return "identified"
+
+    assert set(corpus.TWO_LETTERS.values()) == set(corpus.LANGUAGES)
+    for given, code in [("eng", "en"), ("ENG", "en"), ("fre", "fr"), ("chi", "zh"), ("zho-Hant", "zh"), ("dut", "nl"),
+                        ("en_US", "en"), ("EN", "en"), ("sr-Latn", "sr"), ("fil", "fil")]:  # fmt: skip
+        assert corpus.language_of({"lang": given, "text": ""}, identify) == (code, False)
+    assert corpus.language_of({"lang": "English", "text": ""}, identify) == ("identified", True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("valid_fraction", 1.0), ("valid_fraction", -0.1), ("valid_fraction", float("nan")), ("vocab_size", 0)],
+)
+def test_options_that_cannot_be_meant_are_refused_before_anything_is_made(
+    tmp_path: Path, option: str, value: float
+) -> None:
+    source = write(tmp_path / "a.jsonl", documents("en"))
+    with pytest.raises(MegapolyError, match=option):
+        prepare_corpus([source], str(tmp_path / "out"), **{option: value})  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def _prepare(source: str, out: str, said: Any) -> None:
     prepare_corpus([source], out, vocab_size=500, log=said.put)
 
@@ -267,6 +323,14 @@ def test_the_tools_run(tmp_path: Path) -> None:
         assert done.returncode == 0 and "ko " in done.stdout and "bytes per token" in done.stdout, done.stderr
         done = tool("train_tokenizer.py", "--input", source, *flags, "90000")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "largest possible" in done.stderr
+        assert f"{source}: vocab_size" in done.stderr
+    for words in (["--alpha", "nan"], ["--vocab-size", "x"], ["--vocab-size", "99999999999"], ["--what"]):
+        done = tool("train_tokenizer.py", "--input", source, *flags, "400", *words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for name in ("prepare_corpus.py", "preprocess_data.py"):
+        done = tool(name)
+        assert done.returncode == 2 and done.stderr.startswith("error: the following arguments are required")
+        assert done.stderr.count("\n") == 1
 
 
 def test_languages_are_those_of_polylm() -> None:

@@ -152,6 +152,11 @@ REFUSALS: list[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any],
     ([EN, KO, KO], [DIAL], {}, "source 'web-ko' appears 2 times"),
     ([EN, KO], [DIAL, DIAL], {}, "stage 'one' appears 2 times"),
     ([EN | {"kind": "parralel"}, KO], [DIAL], {}, "kind 'parralel' is unknown; did you mean 'parallel'"),
+    ([EN | {"language": "EN"}, KO], [DIAL], {}, "source 'web-en': language 'EN' is no .*; write 'en'"),
+    ([EN | {"language": "en-US"}, KO], [DIAL], {}, "language 'en-US' is no .*; write 'en'"),
+    ([EN | {"language": "eng"}, KO], [DIAL], {}, "language 'eng' is no .*; write 'en'"),
+    ([EN, KO | {"language": "Korean"}], [DIAL], {}, "'web-ko': language 'Korean' is no .*; write a code such as"),
+    ([EN, KO | {"language": ""}], [DIAL], {}, "'web-ko': language '' is no .*; write a code such as"),
     ([EN, KO], [DIAL], {"block_length": 300}, r"block_length \(300\) must for now equal seq_length \(100\)"),
     ([EN, KO], [DIAL], {"max_epochs": 1.3}, r"'web-en' .* 1.4 epochs \(700 samples of 500.* max_epochs \(1.3\)"),
     ([EN, KO], [DIAL], {"max_epochs": 0.0}, r"max_epochs \(0.0\) must be positive"),
@@ -212,8 +217,16 @@ def test_the_table_warns_of_many_epochs_unread_sources_and_dropped_tails() -> No
     assert "warning: source 'web-en' is read 7.00 epochs, more than 4" in text
     assert "'web-ko' is read" not in text
     assert "warning: source 'github' is never read" in text
-    assert "web-en: 10,050 tokens, 100 full slices; the last 49 tokens fill no slice" in text
+    assert "\ntails too short for a slice, not read (tokens): web-en 49, web-ko 49, github 90\n" in text
     assert "English 70.000% (+0.00 samples from its quota), non-English 30.000%" in text
+
+
+def test_the_tails_of_many_sources_take_few_lines() -> None:
+    sources: list[dict[str, Any]] = [EN, *(KO | {"name": f"source-{i}"} for i in range(18))]
+    lines = describe(plan_of(sources, [DIAL])).splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("tails"))
+    assert len(lines[begin:]) <= 4 and all(len(line) <= 120 for line in lines[begin:])
+    assert sum(line.count("source-") for line in lines[begin:]) == 18
 
 
 @pytest.fixture(scope="module")
@@ -257,13 +270,29 @@ def test_the_tool_prints_tables_json_and_samples(config_file: Path) -> None:
     [
         (["--samples", "5:200"], "within the plan's 110 samples"),
         (["--samples", "ten"], "must be A:B"),
+        (["--samples", "0:" + "9" * 5000], "must be A:B"),
+        (["--samples", "-5:3"], "'?-5:3.* must be A:B"),
+        (["--samples"], "expected one argument"),
+        (["--json=yes"], "ignored explicit argument"),
+        (["tiny"], "2 configs are given .*tiny"),
+        (["--config", "tiny"], "2 configs are given .*tiny"),
+        (["--seed", "-1"], "seed .-1. must lie"),
+        (["--lr", ".inf"], "lr must be a number|lr .inf. must be a finite number"),
+        (["--adam-beta1", "1"], "adam_beta1 .1.0. must lie"),
+        (["--num-layers", "0"], "num_layers .0. must be positive"),
         (["--samplse", "0:1"], "unknown flag --samplse; did you mean 'samples'"),
         (["--data-root", "/nowhere"], "source 'web-en': no file /nowhere/web-en_text_document.idx"),
         (["--seq-length", "100000"], "too few for one slice|less than one slice"),
     ],
 )
 def test_the_tool_ends_in_one_line_and_status_two(config_file: Path, words: list[str], message: str) -> None:
-
     done = tool(str(config_file), *words)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(rf"error: .*({message}).*\n", done.stderr), done.stderr
+    assert len(done.stderr) < 400
+
+
+def test_the_tool_without_arguments_says_how_it_is_used() -> None:
+    done = tool()
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch("error: .*usage: tools/curriculum.py CONFIG .*\n", done.stderr), done.stderr

@@ -246,7 +246,31 @@ def test_reading_waits_for_writing(tmp_path: Path, model: str, monkeypatch: pyte
     assert preprocess(["x"], str(tmp_path / "p"), TYPE, model, workers=2).documents == 100
 
 
-@pytest.mark.parametrize(("option", "value"), [("workers", 0), ("valid_fraction", 1.0), ("on_bad_line", "ignore")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("workers", 0),
+        ("valid_fraction", 1.0),
+        ("valid_fraction", float("nan")),
+        ("on_bad_line", "ignore"),
+        ("json_keys", ["text", "text"]),
+        ("json_keys", ["a/b"]),
+        ("json_keys", [".text"]),
+        ("json_keys", [""]),
+    ],
+)
 def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, model: str, option: str, value: object) -> None:
     with pytest.raises(DataError, match=option):
-        preprocess(["x"], str(tmp_path / "p"), TYPE, model, **{option: value})  # type: ignore[arg-type]
+        preprocess(["x"], str(tmp_path / "new" / "p"), TYPE, model, **{option: value})  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_key_must_not_have_the_name_of_held_out_text(tmp_path: Path, model: str, source: str) -> None:
+    with pytest.raises(DataError, match="PREFIX_valid_text_document"):
+        preprocess([source], str(tmp_path / "p"), TYPE, model, json_keys=["text", "valid_text"], valid_fraction=0.1)
+
+
+def test_no_documents_says_what_there_was(tmp_path: Path, model: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": ""}] * 3) + b"oops\n")
+    with pytest.raises(DataError, match=r"a\.jsonl: no documents to write \(3 empty, 1 bad lines\); give files"):
+        preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "p"), TYPE, model, on_bad_line="skip")

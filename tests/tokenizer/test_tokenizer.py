@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -147,6 +148,21 @@ def test_a_vocabulary_that_is_too_large_names_the_largest(tmp_path: Path, kind: 
     assert load_tokenizer(HF if kind == "byte-level" else SP, path).vocab_size == caught.value.largest
     with pytest.raises(TokenizerError, match=r"vocab_size \(100\) must be at least"):
         train(100)
+
+
+@pytest.mark.parametrize("train", [train_sentencepiece, train_byte_level_bpe])
+@pytest.mark.parametrize("size", [-1, 0, 1, 10_000_001, 10**30])
+def test_a_vocabulary_of_no_possible_size_is_one_clear_line(tmp_path: Path, train: Any, size: int) -> None:
+    with pytest.raises(TokenizerError, match=rf"vocab_size \({size}\) must") as caught:
+        train(TEXTS.values(), str(tmp_path / "t"), size)
+    assert "\n" not in str(caught.value) and "INTERNAL" not in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1000.0, -0.1])
+def test_an_alpha_that_is_no_exponent_is_refused(tmp_path: Path, alpha: float) -> None:
+    texts = balance_languages(lambda: [("en", "some text")], alpha)
+    with pytest.raises(TokenizerError, match=r"alpha \(.*\) must lie in \[0, 1\]"):
+        train_sentencepiece(texts, str(tmp_path / "t"), 300)
 
 
 def test_no_text_and_a_failing_reader_are_told_apart(tmp_path: Path) -> None:
