@@ -41,7 +41,7 @@ def train(run: Run) -> None:
     cfg, prepared, console = run.cfg, run.prepared, run.console
     introduce(run)
     if prepared.checkpoint is not None:
-        load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=prepared.start_step == 0)
+        load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
         run.optimizer.num_steps = prepared.start_step
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:
