@@ -1,5 +1,6 @@
 """What a person reads while a run goes on: one live line on a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 
 
@@ -22,7 +23,8 @@ class Console:
     def progress(self, text: str) -> None:
         """The state of the run: overwrites the last progress on a terminal, a line of its own elsewhere."""
         if self._is_live:
-            print(f"\r\x1b[2K{text}", end="", flush=True)
+            width = shutil.get_terminal_size().columns  # a longer line would wrap, and only its end be overwritten
+            print(f"\r\x1b[2K{text[: width - 1]}", end="", flush=True)
             self._line_is_open = True
         elif self.is_main:
             print(text, flush=True)
