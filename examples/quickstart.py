@@ -40,12 +40,42 @@ def layout_flags() -> tuple[int, list[str]]:
     return ranks, [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
 
 
-def step(title: str, command: list[str]) -> None:
-    """Run a command and end with its status where it fails."""
+def memory_of(pid: int) -> int:
+    """Proportional set size of a process and all below it, in bytes (Linux; pages that they share count once)."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0  # it has just ended
+    return int(rollup.split("\nPss:")[1].split()[0]) * 1024 + sum(memory_of(int(child)) for child in below)
+
+
+def step(title: str, command: list[str]) -> int:
+    """Run a command and end with its status where it fails; returns the most memory seen, in bytes."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
-    status = subprocess.run(command, check=False).returncode  # noqa: S603
+    process, most = subprocess.Popen(command), 0  # noqa: S603
+    while True:
+        try:
+            status = process.wait(timeout=2)
+            break
+        except subprocess.TimeoutExpired:
+            most = max(most, memory_of(os.getpid()))
     if status:
         sys.exit(status)
+    return most
+
+
+def report_losses(metrics: Path) -> None:
+    """Mean training loss of the first 5 and the last 10 steps of each stage, English and other languages."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        parts = []
+        for name, key in (("English", "loss_english"), ("other", "loss_non_english")):
+            losses = [row[key] for row in rows if row["stage"] == stage and row[key] is not None]
+            if losses:
+                first, last = losses[:5], losses[-10:]
+                parts.append(f"{name} {sum(first) / len(first):.2f} -> {sum(last) / len(last):.2f}")
+        print(f"{stage}, first 5 -> last 10 steps: {', '.join(parts)}")
 
 
 @exit_on_error
@@ -73,16 +103,18 @@ def main() -> None:
     ranks, layout = layout_flags()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     script = [str(ROOT / "examples/pretrain_polylm.sh"), "--config", config, *layout, *flags, "--run-dir", run]
-    step("training", [*torchrun, *script])
+    most = step("training", [*torchrun, *script])
     if "--dry-run" in flags:
         return
+    report_losses(Path(run) / "metrics.jsonl")
     python, tools = sys.executable, ROOT / "tools"
     languages = json.loads(manifest)["languages"]
     prompts = [prompt for language, prompt in PROMPTS.items() if language in languages] or list(PROMPTS.values())[:3]
     step("samples (prompt | continuation)", [python, str(tools / "generate.py"), "--load", run, "--prompt", *prompts])
     convert = [python, str(tools / "convert_to_hf.py"), "--load", run, "--save", f"{run}/hf", "--check"]
     step("export to Hugging Face", convert)
-    print(f"\ndone in {time.time() - begin:.0f} s: {run}/metrics.jsonl, {run}/checkpoints, {run}/hf")
+    memory = f", at most {most / 1e9:.1f} GB of memory in all processes" if most else ""
+    print(f"\ndone in {time.time() - begin:.0f} s{memory}: {run}/metrics.jsonl, {run}/checkpoints, {run}/hf")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ _Yaml12Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 def parse_yaml(text: str, origin: str) -> Any:
     """Read YAML with YAML 1.2 scalars; `origin` names the file in errors."""
     try:
-        # A subclass of SafeLoader: no tag can construct anything but plain data.
-        return yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506
+        # A SafeLoader: no tag can construct anything but plain data.
+        return _Yaml12Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}, line {mark.line + 1}" if mark else origin

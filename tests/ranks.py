@@ -1,8 +1,8 @@
 """Running a function on several gloo ranks of this host, and putting their parts together again."""
 
+import io
 import multiprocessing
 import os
-import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -29,7 +29,9 @@ def _rank(
         dist.barrier()
         dist.destroy_process_group()
         # Plain bytes: a queue would hand tensors over by shared memory, which ends with this process.
-        results.put((rank, None, pickle.dumps(value)))
+        content = io.BytesIO()
+        torch.save(value, content)
+        results.put((rank, None, content.getvalue()))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
 
@@ -57,7 +59,7 @@ def run_ranks(fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: 
                 rank, failure, value = results.get(timeout=180)
                 if failure is not None:
                     raise AssertionError(f"rank {rank} of tp={tp} pp={pp} dp={dp} failed:\n{failure}")
-                values[rank] = pickle.loads(value)
+                values[rank] = torch.load(io.BytesIO(value), weights_only=True)
         finally:
             for process in ranks:
                 process.join(timeout=0 if len(values) < world else 30)

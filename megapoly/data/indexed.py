@@ -29,7 +29,7 @@ FLOAT_CODES = (6, 7)
 # Entries of the index that are checked or written at once: bounds the temporaries at billions of documents.
 INDEX_CHUNK = 1 << 22
 FULL_SCAN_BYTES = 64 << 20
-EDGE_SCAN_BYTES = 1 << 20
+EDGE_SCAN_BYTES = 1 << 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -266,12 +266,15 @@ class TokenStream:
         return out
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raise DataError for an id that the vocabulary lacks; of a file over 64 MiB only the first and last MiB."""
+        """Raise DataError for an id that the vocabulary lacks.
+
+        Of a stream over 64 MiB only the first and last 64 KiB of each file are read, since every rank does it at every
+        start; `read` checks the rest as it comes.
+        """
+        is_small = sum(dataset.num_tokens * dataset.dtype.itemsize for dataset in self.datasets) <= FULL_SCAN_BYTES
         for dataset in self.datasets:
-            n, item = dataset.num_tokens, dataset.dtype.itemsize
-            edge = EDGE_SCAN_BYTES // item
-            begins = list(range(0, n, edge)) if n * item <= FULL_SCAN_BYTES else [0, n - edge]
-            for begin in begins:
+            n, edge = dataset.num_tokens, EDGE_SCAN_BYTES // dataset.dtype.itemsize
+            for begin in range(0, n, edge) if is_small else (0, max(n - edge, 0)):
                 _check_ids(dataset.tokens(begin, min(n, begin + edge)), vocab_size, dataset.bin_path, begin)
 
 

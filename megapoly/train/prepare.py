@@ -112,7 +112,7 @@ def run_length(cfg: Config, plan: Plan) -> int:
 
 
 def hashes_of_data(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Hashes of the tokenizer and, by source, of its files' sizes and ends (a MiB each): they tell another file."""
+    """Hashes of the tokenizer and, by source, of its files' sizes and ends (4 KiB each): they tell another file."""
     files = {
         f"source {s.name}": [f"{path}{end}" for path in s.paths for end in (".idx", ".bin")] for s in cfg.data.sources
     }
@@ -128,9 +128,9 @@ def _hash_of_ends(paths: list[str]) -> str:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))
-            for begin in (0, max(size - 2**20, 0)):
+            for begin in (0, max(size - 4096, 0)):
                 file.seek(begin)
-                digest.update(file.read(2**20))
+                digest.update(file.read(4096))
     return digest.hexdigest()
 
 
