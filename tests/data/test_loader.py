@@ -1,5 +1,6 @@
 """Batches: the same samples on any number of ranks, short ends masked, no rank bound to one source."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import VOCAB, tiny_config
 
+from megapoly.config import CurriculumConfig, Stage
 from megapoly.data.batch import batch_of
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
@@ -48,8 +50,11 @@ def test_the_last_batch_may_be_short(data: tuple[Plan, list[TokenStream]]) -> No
     assert rows_of(plan, streams, 16, 19, 1, 2).total() == 3
 
 
-def test_no_rank_is_bound_to_one_source(data: tuple[Plan, list[TokenStream]]) -> None:
-    plan, streams = data
+def test_no_rank_is_bound_to_one_source(data: tuple[Plan, list[TokenStream]], tmp_path: Path) -> None:
+    _, streams = data
+    stage = Stage(name="even", tokens=20 * 8 * 16, non_english_share=0.5)  # the two sources take turns exactly
+    cfg = dataclasses.replace(tiny_config(tmp_path, "gpt2", 20), curriculum=CurriculumConfig(stages=[stage]))
+    plan = make_plan(cfg, [s.num_tokens for s in streams])
     for rank in range(8):
         loader = TrainLoader(plan, streams, Deal(8, 1, rank, 8))
         assert len({int(batch.sources[0]) for n in range(20) for batch in loader.batch(8 * n, 8 * n + 8)}) == 2

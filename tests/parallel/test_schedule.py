@@ -69,6 +69,10 @@ def test_polylms_head_takes_layers_from_the_last_stage() -> None:
     assert split_layers([1.0] * 40, 0.0, 3.9, 4) == [11, 11, 11, 7]
 
 
+def test_a_stage_between_first_and_last_is_never_empty() -> None:
+    assert split_layers([1.0], 0.0, 0.0, 3) == [0, 1, 0]
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_splits_over_any_number_of_stages_without_an_empty_one_between(name: str) -> None:
     cfg = load_config(name)

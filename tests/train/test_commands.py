@@ -223,6 +223,7 @@ def test_bad_input_ends_in_one_line_and_status_2_on_every_rank(
     assert ranks[0].returncode == 2
     assert errors.count("\n") == 1 and errors.startswith("error: ") and message in errors, errors
     time.sleep(2)
+    assert ranks[1].poll() is None, "a rank that left first would have the launcher end the one that speaks"
     ranks[1].terminate()  # as the launcher does when it sees the first rank gone
     _, errors = ranks[1].communicate(timeout=30)
     assert (ranks[1].returncode, errors) == (2, "")
