@@ -70,12 +70,14 @@ def prepare_corpus(
     valid_fraction: float = 0.12,
     languages: Sequence[str] = LANGUAGES,
     log: Callable[[str], None] = print,
+    log_ready: bool = True,
 ) -> dict[str, Any]:
     """JSONL with {text, lang?, id?} to tokenizer, token files by language, manifest and config.yaml in output_dir.
 
-    Where the manifest shows that the same inputs and options were prepared before, nothing is done; several processes
-    may call this at once. A failure leaves what an earlier call has prepared. Returns the manifest. Raises DataError
-    for unreadable input, bad lines and too little text, TokenizerError for a vocab_size that cannot be.
+    Where the manifest shows that the same inputs and options were prepared before, nothing is done (and said, unless
+    log_ready is false); several processes may call this at once: the first does the work and logs it. A
+    failure leaves what an earlier call has prepared. Returns the manifest. Raises DataError for unreadable input, bad
+    lines and too little text, TokenizerError for a vocab_size that cannot be.
     """
     if not 0 <= valid_fraction < 1:
         raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
@@ -102,7 +104,8 @@ def prepare_corpus(
             sources = [_describe(path) for path in inputs]
             manifest = _ready(out, sources, options)
             if manifest is not None:
-                log(f"{out}: the data is ready ({len(manifest['languages'])} languages); nothing to do")
+                if log_ready:
+                    log(f"{out}: the data is ready ({len(manifest['languages'])} languages); nothing to do")
                 return manifest
             return _build(inputs, out, sources, options, log)
     except OSError as error:
@@ -151,6 +154,7 @@ def _build(
     ready = work / "ready"
     shutil.rmtree(work, ignore_errors=True)
     ready.mkdir(parents=True)
+    log(f"preparing {len(inputs)} files for {out} (once)")
     try:
         fraction = options["valid_fraction"]
         tables, characters = _split_by_language(inputs, work, options["languages"], fraction)

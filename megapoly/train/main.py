@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,9 @@ def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
     root = Path(cfg.data.data_root)
     is_tiny = name.endswith("tiny") and root == Path("data/tiny")
     if is_tiny and not (root / "manifest.json").is_file() and corpus.is_dir():
+        # Whichever rank comes first prepares and prints; the others find the data ready.
         inputs = [str(path) for path in sorted(corpus.glob("*.jsonl"))]
-        if local_rank() == 0:
-            print(f"preparing {corpus} for {root} (once)", flush=True)
-            prepare_corpus(inputs, str(root))
-        else:
-            prepare_corpus(inputs, str(root), log=lambda _: None)
+        prepare_corpus(inputs, str(root), log=partial(print, flush=True), log_ready=False)
 
 
 def dry_run(prepared: Prepared, world: int) -> None:

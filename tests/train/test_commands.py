@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megapoly.config import load_config
 from megapoly.data.corpus import prepare_corpus
+from megapoly.train.main import provide_corpus
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --train-iters 3 --no-tensorboard".split()
@@ -63,6 +65,18 @@ def test_a_fresh_folder_prepares_the_corpus_of_the_examples_once(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("preparing ") == 1 and "held-out loss" in done.stdout
     assert (tmp_path / "data/tiny/manifest.json").is_file()
+
+
+def test_the_first_rank_to_come_prepares_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for local_rank in ("1", "0"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        provide_corpus("tiny", load_config("tiny"), ROOT / "examples/data")
+        said.append(capsys.readouterr().out)
+    assert said[0].count("preparing ") == 1 and said[1] == ""
 
 
 def children(pid: int) -> list[int]:
