@@ -13,9 +13,10 @@ setup(
         *find_packages("kernels", include=["megapoly_kernels", "megapoly_kernels.*"]),
     ],
     package_dir={"megapoly_kernels": "kernels/megapoly_kernels"},
-    package_data={"megapoly": ["presets/*.yaml"]},
+    package_data={"megapoly": ["presets/*.yaml"], "megapoly_kernels": ["measured.json"]},
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6",
         "numpy>=1.26",
         "PyYAML>=6",
         "regex",

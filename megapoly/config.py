@@ -158,10 +158,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """What is computed in which type."""
+    """What is computed in which type, and by which implementation (`auto`: the fastest measured on this GPU)."""
 
     bf16: bool | None = option(None, "bf16 parameters with fp32 master weights (default: on CUDA)")
     fp32_residual_connection: bool = option(False, "keep the residual stream in fp32, over pipeline sends too")
+    attention_backend: str = option("auto", "attention with rotary", ("auto", "triton", "sdpa", "flash_attn"))
+    norm_backend: str = option("auto", "norm with residual add", ("auto", "triton", "torch", "apex"))
+    activation_backend: str = option("auto", "activation of the MLP", ("auto", "triton", "torch"))
+    loss_backend: str = option("auto", "fused_linear: no logits are held", ("auto", "fused_linear", "triton", "torch"))
+    adamw_backend: str = option("auto", "AdamW and global norms", ("auto", "triton", "torch"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,19 +385,13 @@ def load_config(name_or_path: str, flags: dict[str, Any] | None = None) -> Confi
 def with_source_paths(cfg: Config) -> Config:
     """Give each source without paths its file under data_root, and the tokenizer likewise."""
     root = Path(cfg.data.data_root)
-    sources = [
-        dataclasses.replace(
-            s,
-            paths=s.paths or [str(root / f"{s.name}_text_document")],
-            valid_paths=s.valid_paths or ([] if s.paths else _existing(root / f"{s.name}_valid_text_document")),
-        )
-        for s in cfg.data.sources
-    ]
+    sources = []
+    for s in cfg.data.sources:
+        valid = str(root / f"{s.name}_valid_text_document")
+        held_out = s.valid_paths or ([valid] if not s.paths and Path(f"{valid}.idx").is_file() else [])
+        paths = s.paths or [str(root / f"{s.name}_text_document")]
+        sources.append(dataclasses.replace(s, paths=paths, valid_paths=held_out))
     tokenizer = dataclasses.replace(
         cfg.tokenizer, tokenizer_model=cfg.tokenizer.tokenizer_model or str(root / "tokenizer.model")
     )
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sources=sources), tokenizer=tokenizer)
-
-
-def _existing(prefix: Path) -> list[str]:
-    return [str(prefix)] if Path(f"{prefix}.idx").is_file() else []

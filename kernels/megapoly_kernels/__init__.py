@@ -1,19 +1,25 @@
 """The fused operations that the layers stand on; on a CPU each is its plain torch reference.
 
-A public function here has one name on every device: callers never choose an implementation.
+A public function here has one name on every device; `backend` names the implementation, None stands for the kernel
+on a GPU and the reference on a CPU.
 """
 
 from megapoly_kernels.activation import bias_gelu, gated_activation
 from megapoly_kernels.adamw import adamw_
+from megapoly_kernels.backends import Backends, choose
 from megapoly_kernels.cross_entropy import vocab_parallel_cross_entropy
 from megapoly_kernels.layer_norm import layer_norm
 from megapoly_kernels.rms_norm import rms_norm
 from megapoly_kernels.rotary import rotary, rotary_table
-from megapoly_kernels.rotary_attention import rotary_attention
+from megapoly_kernels.rotary_attention import HeadShape, Sequences, rotary_attention
 
 __all__ = [
+    "Backends",
+    "HeadShape",
+    "Sequences",
     "adamw_",
     "bias_gelu",
+    "choose",
     "gated_activation",
     "layer_norm",
     "rms_norm",

@@ -15,8 +15,9 @@ def layer_norm_reference(
 
 
 def layer_norm(
-    branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add a branch to the residual stream and normalise the sum: (normed, new residual).
 
     branch_TH and residual_TH are [tokens, hidden]; branch_TH None means that there is nothing to add. The new residual

@@ -16,7 +16,9 @@ def rms_norm_reference(
     return weight_H * normed_TH.to(weight_H.dtype), residual_TH
 
 
-def rms_norm(branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, eps: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum: (normed, new residual).
 
     branch_TH and residual_TH are [tokens, hidden]; branch_TH None means that there is nothing to add. The new residual

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
+from megapoly.config import PrecisionConfig
+from megapoly.model.backends import choose_backends
 from megapoly.model.count import parameter_shapes
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
@@ -18,7 +20,8 @@ def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> 
     check_same_model(reader, m, reader.vocab_size, parameter_shapes(m, reader.vocab_size))
     stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
     place = Placement(Axis("tp"), sequence_parallel=False, dtype=reader.dtype, device=torch.device(device))
-    model = Transformer(reader.config, reader.vocab_size, stage, place)
+    backends = choose_backends(PrecisionConfig(), place.device)
+    model = Transformer(reader.config, reader.vocab_size, stage, place, backends)
     for name, parameter, shard in sharded_parameters(model):
         parameter.zero_()
         held = parameter if shard.dim is None else parameter.narrow(shard.dim, 0, shard.end - shard.begin)

@@ -1,6 +1,6 @@
 """Causal self-attention with grouped key/value heads, split by groups over tensor-parallel ranks."""
 
-from megapoly_kernels import rotary_attention
+from megapoly_kernels import Backends, HeadShape, Sequences, rotary_attention
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
@@ -16,21 +16,23 @@ class Attention(nn.Module):
     so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N.
     """
 
-    def __init__(self, m: ModelConfig, place: Placement) -> None:
+    def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
         super().__init__()
-        self.queries = m.num_attention_heads // m.num_kv_heads
-        shape = (m.num_kv_heads, self.queries + 2, m.head_dim, m.hidden_size)
+        self.backend = backends.attention
+        queries = m.num_attention_heads // m.num_kv_heads
+        self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
+        shape = (m.num_kv_heads, queries + 2, m.head_dim, m.hidden_size)
         self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear)
         self.output = RowParallelLinear(
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )
 
-    def forward(self, x_TH: Tensor, batch: int, table: RotaryTable | None) -> Tensor:
-        """x_TH [batch x sequence, hidden] -> the branch, [tokens of this rank, hidden]."""
-        qkv_BSgnK = self.qkv(x_TH).unflatten(0, (batch, -1))
-        q_BShK = qkv_BSgnK[:, :, :, : self.queries].flatten(2, 3)
-        k_BSgK, v_BSgK = qkv_BSgnK[:, :, :, self.queries :].unbind(3)
+    def forward(self, x_TH: Tensor, sequences: Sequences, table: RotaryTable | None) -> Tensor:
+        """x_TH [tokens, hidden] -> the branch, [tokens of this rank, hidden]."""
         cos, sin = table if table is not None else (None, None)
-        out_BShK = rotary_attention(q_BShK, k_BSgK, v_BSgK, cos, sin)
-        result: Tensor = self.output(out_BShK.flatten(0, 1).flatten(1, 2))
+        # The projection's backward does not read its output: the kernel may rotate it where it lies.
+        out_ThK = rotary_attention(
+            self.qkv.flat(x_TH), self.shape, sequences, cos, sin, in_place=True, backend=self.backend
+        )
+        result: Tensor = self.output(out_ThK.flatten(1))
         return result

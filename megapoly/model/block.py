@@ -1,5 +1,6 @@
 """One transformer block: sequential residual (GPT-2, LLaMA) or parallel residual (GPT-NeoX)."""
 
+from megapoly_kernels import Backends, Sequences
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
@@ -16,20 +17,20 @@ class Block(nn.Module):
     Sequential: x + attention(norm(x)), then x + mlp(norm(x)). Parallel: x + attention(norm1(x)) + mlp(norm2(x)).
     """
 
-    def __init__(self, m: ModelConfig, place: Placement) -> None:
+    def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
         super().__init__()
         self.place, self.parallel_residual = place, m.parallel_residual
-        self.attention_norm = Norm(m, place)
-        self.attention = Attention(m, place)
-        self.mlp_norm = Norm(m, place)
-        self.mlp = Mlp(m, place)
+        self.attention_norm = Norm(m, place, backends)
+        self.attention = Attention(m, place, backends)
+        self.mlp_norm = Norm(m, place, backends)
+        self.mlp = Mlp(m, place, backends)
 
     def forward(
-        self, branch_tH: Tensor | None, residual_tH: Tensor, batch: int, table: RotaryTable | None
+        self, branch_tH: Tensor | None, residual_tH: Tensor, sequences: Sequences, table: RotaryTable | None
     ) -> tuple[Tensor, Tensor]:
         """(pending branch or None, residual) -> (pending branch, residual), all [tokens of this rank, hidden]."""
         normed_tH, residual_tH = self.attention_norm(branch_tH, residual_tH)
-        branch_tH = self.attention(self._enter(normed_tH), batch, table)
+        branch_tH = self.attention(self._enter(normed_tH), sequences, table)
         if self.parallel_residual:
             normed_tH, _ = self.mlp_norm(None, residual_tH)
             return branch_tH + self.mlp(self._enter(normed_tH)), residual_tH

@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm as modules over the fused operations."""
 
-from megapoly_kernels import layer_norm, rms_norm
+from megapoly_kernels import Backends, layer_norm, rms_norm
 from torch import Tensor, nn
 
 from megapoly.config import ModelConfig
@@ -13,9 +13,9 @@ class Norm(nn.Module):
     Under sequence parallel a rank sees only its tokens, so that its gradient is a part of the sum over the axis.
     """
 
-    def __init__(self, m: ModelConfig, place: Placement) -> None:
+    def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
         super().__init__()
-        self.eps = m.norm_epsilon
+        self.eps, self.backend = m.norm_epsilon, backends.norm
         is_partial = place.sequence_parallel
         self.weight = sharded_parameter((m.hidden_size,), None, place, "ones", is_partial=is_partial)
         self.bias: nn.Parameter | None = None
@@ -25,5 +25,5 @@ class Norm(nn.Module):
     def forward(self, branch_tH: Tensor | None, residual_tH: Tensor) -> tuple[Tensor, Tensor]:
         """(branch or None, residual), both [tokens, hidden] -> (normed in the weights' type, new residual)."""
         if self.bias is None:
-            return rms_norm(branch_tH, residual_tH, self.weight, self.eps)
-        return layer_norm(branch_tH, residual_tH, self.weight, self.bias, self.eps)
+            return rms_norm(branch_tH, residual_tH, self.weight, self.eps, self.backend)
+        return layer_norm(branch_tH, residual_tH, self.weight, self.bias, self.eps, self.backend)

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from megapoly_kernels import rotary_table
+from megapoly_kernels import Backends, Sequences, rotary_table
 from torch import Tensor, nn
 
 from megapoly.checks import padded_vocab_size
@@ -41,10 +41,11 @@ class Transformer(nn.Module):
     stage than the embedding holds a copy of `embedding.word.weight`.
     """
 
-    def __init__(self, cfg: Config, vocab_size: int, stage: Stage, place: Placement) -> None:
+    def __init__(self, cfg: Config, vocab_size: int, stage: Stage, place: Placement, backends: Backends) -> None:
         super().__init__()
         m = cfg.model
         self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
+        self.backends = backends
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
@@ -52,9 +53,9 @@ class Transformer(nn.Module):
             self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)
-        self.layers = nn.ModuleDict({str(i): Block(m, place) for i in stage.layers})
+        self.layers = nn.ModuleDict({str(i): Block(m, place, backends) for i in stage.layers})
         if stage.has_head:
-            self.final_norm = Norm(m, place)
+            self.final_norm = Norm(m, place, backends)
             if not m.tied:
                 self.head = ColumnParallelLinear((vocab_size, m.hidden_size), 0, place, bias=False, padded=padded)
         self.table: tuple[Tensor, Tensor] | None = None
@@ -81,8 +82,9 @@ class Transformer(nn.Module):
         """
         residual_tH = self._embed(tokens_BS) if hidden_tH is None else hidden_tH
         branch_tH: Tensor | None = None
+        sequences = Sequences(tokens_BS.shape[1])
         for block in self.layers.values():
-            branch_tH, residual_tH = block(branch_tH, residual_tH, tokens_BS.shape[0], self.table)
+            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH

@@ -104,9 +104,12 @@ class ColumnParallelLinear(nn.Module):
 
         With skip_bias_add the bias is left to the next fused operation.
         """
+        return self.flat(x_TH, skip_bias_add).unflatten(-1, self.weight.shape[:-1])
+
+    def flat(self, x_TH: Tensor, skip_bias_add: bool = False) -> Tensor:
+        """The same as [tokens, local features], which is no view of another tensor."""
         bias = None if self.bias is None or skip_bias_add else self.bias.flatten()
-        y_Tf = F.linear(x_TH, self.weight.flatten(0, -2), bias)
-        return y_Tf.unflatten(-1, self.weight.shape[:-1])
+        return F.linear(x_TH, self.weight.flatten(0, -2), bias)
 
 
 class RowParallelLinear(nn.Module):

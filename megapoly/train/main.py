@@ -15,6 +15,7 @@ from megapoly.config import Config, load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
+from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.mesh import check_devices, die_with_launcher, init_mesh, leave, local_rank, world_size
 from megapoly.train.loop import train
@@ -102,6 +103,8 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
             world = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         else:
             check_devices(parallel)
+            is_on_gpu = torch.cuda.is_available() and parallel.distributed_backend != "gloo"
+            choose_backends(cfg.precision, torch.device("cuda" if is_on_gpu else "cpu"))
         check(cfg, world)
         provide_corpus(asked.name, cfg, corpus)
         prepared = prepare(asked.config(), world, torch.cuda.is_available())

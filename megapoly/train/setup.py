@@ -16,6 +16,7 @@ from megapoly.config import Config
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
 from megapoly.errors import ConfigError
 from megapoly.log import Console
+from megapoly.model.backends import choose_backends
 from megapoly.model.count import head_flops, layer_flops
 from megapoly.model.init import initialize
 from megapoly.model.transformer import Transformer
@@ -114,7 +115,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size, mesh.pp.size)
     place = Placement(mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device)
-    model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), place)
+    backends = choose_backends(cfg.precision, mesh.device)
+    model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), place, backends)
     initialize(model, cfg.train.seed)
     buffers = FlatBuffers(model, mesh, m.tied)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)

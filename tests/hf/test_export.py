@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megapoly_kernels import choose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -137,7 +138,13 @@ def reference_logits(m: ModelConfig, p: dict[str, Tensor], tokens_BS: Tensor) ->
 def megapoly_logits(m: ModelConfig, tensors: dict[str, Tensor], tokens_BS: Tensor) -> Tensor:
     """The same by megapoly's own model on one process."""
     stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
-    model = Transformer(Config(model=m), VOCAB, stage, Placement(Axis("tp"), False, torch.float32, torch.device("cpu")))
+    model = Transformer(
+        Config(model=m),
+        VOCAB,
+        stage,
+        Placement(Axis("tp"), False, torch.float32, torch.device("cpu")),
+        choose({}, torch.device("cpu")),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.zero_()[tuple(slice(size) for size in tensors[name].shape)] = tensors[name]

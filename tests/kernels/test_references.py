@@ -1,10 +1,13 @@
 """The plain references against independent float64 formulas, outputs and gradients."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from megapoly_kernels import (
+    HeadShape,
+    Sequences,
     adamw_,
     bias_gelu,
     gated_activation,
@@ -75,44 +78,75 @@ def test_norms_keep_an_fp32_stream_beside_bf16_weights() -> None:
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (256, 64), (24, 12)])
 def test_rotary_turns_pairs_by_their_angle(head_dim: int, rotary_dim: int) -> None:
-    x = random(2, 9, 3, head_dim)
+    x, half = random(9, 6, head_dim), rotary_dim // 2
     cos, sin = rotary_table(16, rotary_dim, 10000.0)
-    got, half = rotary(x, cos, sin), rotary_dim // 2
-    for position in (0, 1, 8):
-        for i in (0, half - 1):
-            angle = position * 10000.0 ** (-2 * i / rotary_dim)
-            pair = torch.complex(x[:, position, :, i].double(), x[:, position, :, i + half].double())
-            turned = pair * complex(math.cos(angle), math.sin(angle))
-            close(got[:, position, :, i], turned.real)
-            close(got[:, position, :, i + half], turned.imag)
-    assert torch.equal(got[..., rotary_dim:], x[..., rotary_dim:])
+    position_T = torch.tensor([0, 1, 2, 3, 0, 1, 15, 7, 8])
+    for interleaved in (False, True):
+        got = rotary(x, cos, sin, position_T, interleaved=interleaved, period=3, rotated=2)
+        for token, position in enumerate(position_T.tolist()):
+            for i in (0, half - 1):
+                a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+                angle = position * 10000.0 ** (-2 * i / rotary_dim)
+                pair = torch.complex(x[token, :, a].double(), x[token, :, b].double())
+                turned = pair * complex(math.cos(angle), math.sin(angle))
+                for head in (0, 1, 3, 4):
+                    close(got[token, head, a], turned.real[head])
+                    close(got[token, head, b], turned.imag[head])
+        assert torch.equal(got[:, [2, 5]], x[:, [2, 5]])
+        assert torch.equal(got[..., rotary_dim:], x[..., rotary_dim:])
 
 
-@pytest.mark.parametrize(("heads", "groups", "rotary_dim"), [(6, 6, 0), (6, 2, 24), (6, 1, 12)])
-def test_attention_is_causal_softmax_with_grouped_keys(heads: int, groups: int, rotary_dim: int) -> None:
-    leaves = [random(2, 11, n, 24, seed=s).requires_grad_() for n, s in ((heads, 1), (groups, 2), (groups, 3))]
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    table = rotary_table(11, rotary_dim, 10000.0) if rotary_dim else (None, None)
-    got = rotary_attention(*leaves, *table)
-    q, k, v = wide
-    if rotary_dim:
-        cos, sin = (t.double()[None, :, None] for t in table)
-        half = rotary_dim // 2
+@dataclass(frozen=True)
+class Looks:
+    """A case of attention: which tokens may be seen, and how they are weighed."""
 
-        def turn(x: Tensor) -> Tensor:
-            a, b, rest = x[..., :half], x[..., half:rotary_dim], x[..., rotary_dim:]
-            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    rotary_dim: int = 0
+    interleaved: bool = False
+    lengths: tuple[int, ...] = (11, 11)
+    window: int | None = None
+    alibi: bool = False
 
-        q, k = turn(q), turn(k)
-    outputs = []
-    for head in range(heads):
-        group = head // (heads // groups)
-        scores = torch.einsum("bqd,bkd->bqk", q[:, :, head], k[:, :, group]) / math.sqrt(24)
-        scores = scores.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
-        outputs.append(scores.softmax(-1) @ v[:, :, group])
-    expected = torch.stack(outputs, 2)
-    close(got, expected)
-    for a, b in zip(gradients((got,), leaves), gradients((expected,), wide), strict=True):
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Looks(),
+        Looks(rotary_dim=24),
+        Looks(rotary_dim=12, interleaved=True),
+        Looks(rotary_dim=12, lengths=(3, 1, 14, 4)),
+        Looks(window=4),
+        Looks(window=3, lengths=(9, 13), alibi=True),
+    ],
+)
+@pytest.mark.parametrize(("groups", "queries"), [(6, 1), (2, 3), (1, 4)])
+def test_attention_is_causal_softmax_with_grouped_keys(groups: int, queries: int, case: Looks) -> None:
+    shape, tokens = HeadShape(groups, queries, 24), sum(case.lengths)
+    qkv = random(tokens, groups * (queries + 2) * 24).requires_grad_()
+    wide = qkv.detach().double().requires_grad_()
+    is_packed = len(set(case.lengths)) > 1
+    borders = torch.tensor([0, *case.lengths]).cumsum(0)
+    sequences = Sequences.packed(borders, tokens) if is_packed else Sequences(case.lengths[0])
+    cos, sin = rotary_table(24, case.rotary_dim, 10000.0) if case.rotary_dim else (None, None)
+    slopes = 2.0 ** -torch.arange(1, groups * queries + 1) if case.alibi else None
+    got = rotary_attention(
+        qkv, shape, sequences, cos, sin, interleaved=case.interleaved, window=case.window, alibi_slopes_h=slopes
+    )
+    expected = []
+    for begin, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        q, k, v = shape.split(wide[begin:end])
+        if cos is not None and sin is not None:
+            position = torch.arange(end - begin)
+            q, k = (rotary(x, cos.double(), sin.double(), position, interleaved=case.interleaved) for x in (q, k))
+        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)[None]
+        is_hidden = (distance < 0) | (distance >= (case.window or tokens))
+        heads = []
+        for head in range(groups * queries):
+            scores = q[:, head] @ k[:, head // queries].T / math.sqrt(24)
+            scores = scores - (0 if slopes is None else slopes[head].double()) * distance
+            heads.append(scores.masked_fill(is_hidden, -torch.inf).softmax(-1) @ v[:, head // queries])
+        expected.append(torch.stack(heads, 1))
+    close(got, torch.cat(expected))
+    for a, b in zip(gradients((got,), [qkv]), gradients((torch.cat(expected),), [wide]), strict=True):
         close(a, b)
 
 

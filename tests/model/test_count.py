@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from megapoly_kernels import choose
 
 from megapoly.checks import padded_vocab_size
 from megapoly.config import load_config
@@ -33,7 +34,7 @@ def build(name: str, tp: Axis) -> Transformer:
     stage = Stage(0, cfg.model.num_layers, has_embedding=True, has_head=True)
     assert cfg.tokenizer.vocab_size is not None
     place = Placement(tp, sequence_parallel=False, dtype=torch.bfloat16, device=torch.device("meta"))
-    return Transformer(cfg, cfg.tokenizer.vocab_size, stage, place)
+    return Transformer(cfg, cfg.tokenizer.vocab_size, stage, place, choose({}, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", COUNTS)
