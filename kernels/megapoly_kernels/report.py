@@ -112,6 +112,7 @@ def compile_case(case: Case, arch: int) -> list[Resources]:
 
 
 def main() -> int:
+    """Print the table; 1 where a kernel spills more than its case allows or wants too much shared memory."""
     parser = argparse.ArgumentParser(description="Registers, spills, shared memory, tensor-core instructions.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90])
     parser.add_argument("--only", default="", help="cases whose name contains this")
