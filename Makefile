@@ -1,6 +1,11 @@
 # make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
 # make test                                   all tests
 # make check                                  format, lint, types, tests
+# make bench                                  every kernel beside its peers, on this GPU -> kernels/bench/results/
+# make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
+# make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
+# make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
+# (these four use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -11,22 +16,36 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test check install clean
+.PHONY: pretrain test check install bench bench-step bench-record kernels-report clean
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
 	$(BIN)/python examples/quickstart.py $(if $(DATA),--data $(DATA)) $(FLAGS)
 
 test: .venv/installed-test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 	$(BIN)/python -m pytest
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 	$(BIN)/python -m pytest
 
 install: .venv/installed-test
+
+bench:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/run.py $(FLAGS)
+
+bench-step:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/step.py $(FLAGS)
+
+bench-record:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)
+
+kernels-report:
+	PYTHONPATH=kernels:. $(PYTHON) -m megapoly_kernels.report $(FLAGS)
 
 .venv/constraints.txt: constraints.txt
 	$(PYTHON) -m venv $(if $(filter 1,$(HAS_CUDA_TORCH)),--system-site-packages) .venv

@@ -5,10 +5,11 @@ on a GPU and the reference on a CPU.
 """
 
 from megapoly_kernels.activation import bias_gelu, gated_activation
-from megapoly_kernels.adamw import adamw_
+from megapoly_kernels.adamw import Range, RangeTable, adamw_, merged, squared_norm
 from megapoly_kernels.backends import Backends, choose
 from megapoly_kernels.cross_entropy import vocab_parallel_cross_entropy
 from megapoly_kernels.layer_norm import layer_norm
+from megapoly_kernels.linear_cross_entropy import linear_cross_entropy
 from megapoly_kernels.rms_norm import rms_norm
 from megapoly_kernels.rotary import rotary, rotary_table
 from megapoly_kernels.rotary_attention import HeadShape, Sequences, rotary_attention
@@ -16,15 +17,20 @@ from megapoly_kernels.rotary_attention import HeadShape, Sequences, rotary_atten
 __all__ = [
     "Backends",
     "HeadShape",
+    "Range",
+    "RangeTable",
     "Sequences",
     "adamw_",
     "bias_gelu",
     "choose",
     "gated_activation",
     "layer_norm",
+    "linear_cross_entropy",
+    "merged",
     "rms_norm",
     "rotary",
     "rotary_attention",
     "rotary_table",
+    "squared_norm",
     "vocab_parallel_cross_entropy",
 ]

@@ -21,7 +21,8 @@ CHOICES = {
 }
 _ON_CPU = {"attention": "sdpa", "norm": "torch", "activation": "torch", "loss": "torch", "adamw": "torch"}
 _ON_CUDA = {name: choices[0] for name, choices in CHOICES.items()}
-_MODULES = {"flash_attn": "flash_attn", "apex": "apex"}
+# PyPI has another package named apex: NVIDIA's is the one with norms.
+_MODULES = {"flash_attn": "flash_attn", "apex": "apex.normalization"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ def recorded() -> dict[str, dict[str, str]]:
     return table
 
 
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is absent
+        return False
+
+
 def choose(requested: Mapping[str, str], device: torch.device) -> Backends:
     """Resolve a name or `auto` for every operation. Raises ValueError for what cannot run on this device."""
     if device.type == "cuda":
@@ -65,7 +73,7 @@ def choose(requested: Mapping[str, str], device: torch.device) -> Backends:
             raise ValueError(f"{operation}_backend ({backend}) must be one of auto, {', '.join(choices)}")
         if device.type != "cuda" and backend in ("triton", *_MODULES):
             raise ValueError(f"{operation}_backend ({backend}) needs a CUDA GPU; this is the CPU: use auto")
-        if backend in _MODULES and importlib.util.find_spec(_MODULES[backend]) is None:
+        if backend in _MODULES and not _is_importable(_MODULES[backend]):
             raise ValueError(f"{operation}_backend ({backend}) needs the package {_MODULES[backend]}; use auto")
         chosen[operation] = backend
     return Backends(**chosen, source=source)

@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from megapoly_kernels.launch import resolve_backend
+from megapoly_kernels.norm_kernels import residual_norm
+
 
 def layer_norm_reference(
     branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float
@@ -14,6 +17,17 @@ def layer_norm_reference(
     return normed_TH.to(weight_H.dtype), residual_TH
 
 
+def _by_apex(
+    branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The operation with apex's kernel, for comparison; no test of ours runs it, since apex must be built by hand."""
+    from apex.normalization.fused_layer_norm import mixed_dtype_fused_layer_norm_affine
+
+    if branch_TH is not None:
+        residual_TH = residual_TH + branch_TH
+    return mixed_dtype_fused_layer_norm_affine(residual_TH, weight_H, bias_H, weight_H.shape, eps), residual_TH
+
+
 def layer_norm(
     branch_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float,
     backend: str | None = None,
@@ -22,5 +36,7 @@ def layer_norm(
 
     branch_TH and residual_TH are [tokens, hidden]; branch_TH None means that there is nothing to add. The new residual
     keeps residual_TH's type (fp32 under --fp32-residual-connection, PolyLM's recipe), normed has the weight's.
+    `backend`: triton, torch or apex (default: triton on a GPU, torch on a CPU).
     """
-    return layer_norm_reference(branch_TH, residual_TH, weight_H, bias_H, eps)
+    by = {"triton": residual_norm, "apex": _by_apex, "torch": layer_norm_reference}
+    return by[resolve_backend(backend, residual_TH)](branch_TH, residual_TH, weight_H, bias_H, eps)

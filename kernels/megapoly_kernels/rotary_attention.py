@@ -1,12 +1,14 @@
 """Causal attention with the rotation of queries and keys fused in (FlashAttention-2, Dao 2023, arXiv 2307.08691)."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megapoly_kernels.attention_backward import launch_backward
+from megapoly_kernels.attention_forward import launch_forward
 from megapoly_kernels.launch import resolve_backend
 from megapoly_kernels.rotary import rotary
 
@@ -16,12 +18,13 @@ class Sequences:
     """Where sequences begin and end in a flat run of tokens; no token sees one of another sequence.
 
     Either all have one `length` (which divides the tokens), or start_T and end_T, int32 [tokens], hold for each token
-    the first token of its sequence and the one after its last.
+    the first token of its sequence and the one after its last (cu_seqlens: the borders, int32 [sequences + 1]).
     """
 
     length: int = 0
     start_T: Tensor | None = None
     end_T: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, tokens: int) -> Self:
@@ -29,7 +32,7 @@ class Sequences:
         cu_seqlens = cu_seqlens.to(torch.int32)
         token_T = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
         number_T = torch.searchsorted(cu_seqlens, token_T, right=True)
-        return cls(0, cu_seqlens[number_T - 1], cu_seqlens[number_T])
+        return cls(0, cu_seqlens[number_T - 1], cu_seqlens[number_T], cu_seqlens)
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """Each token's place in its sequence, int32 [tokens]."""
@@ -66,6 +69,20 @@ def _scores_added(
     return (bias[:, None, None] * distance_TT).masked_fill(~is_seen_TT, -torch.inf)
 
 
+def rotated(
+    qkv_TF: Tensor, shape: HeadShape, sequences: Sequences, cos_SR: Tensor | None, sin_SR: Tensor | None,
+    position_T: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """The packed buffer with queries and keys rotated, out of place; as it is where there is no table."""
+    if cos_SR is None or sin_SR is None:
+        return qkv_TF
+    if position_T is None:
+        position_T = sequences.positions(qkv_TF.shape[0], qkv_TF.device)
+    x_TNK, period = qkv_TF.unflatten(-1, (-1, shape.head_dim)), shape.queries + 2
+    x_TNK = rotary(x_TNK, cos_SR, sin_SR, position_T, interleaved=interleaved, period=period, rotated=period - 1)
+    return x_TNK.flatten(1)
+
+
 def rotary_attention_reference(
     qkv_TF: Tensor, shape: HeadShape, sequences: Sequences, cos_SR: Tensor | None = None, sin_SR: Tensor | None = None,
     *, position_T: Tensor | None = None, interleaved: bool = False, window: int | None = None,
@@ -73,13 +90,7 @@ def rotary_attention_reference(
 ) -> Tensor:  # fmt: skip
     """The operation by torch's scaled_dot_product_attention; packed sequences, windows and ALiBi by a dense mask."""
     tokens = qkv_TF.shape[0]
-    if cos_SR is not None and sin_SR is not None:
-        if position_T is None:
-            position_T = sequences.positions(tokens, qkv_TF.device)
-        x_TNK = qkv_TF.unflatten(-1, (-1, shape.head_dim))
-        period = shape.queries + 2
-        x_TNK = rotary(x_TNK, cos_SR, sin_SR, position_T, interleaved=interleaved, period=period, rotated=period - 1)
-        qkv_TF = x_TNK.flatten(1)
+    qkv_TF = rotated(qkv_TF, shape, sequences, cos_SR, sin_SR, position_T, interleaved)
     length, added = sequences.length, None
     if sequences.start_T is not None or window is not None or alibi_slopes_h is not None:
         length = tokens
@@ -89,6 +100,112 @@ def rotary_attention_reference(
         q, k, v, attn_mask=added, is_causal=added is None, enable_gqa=shape.queries > 1
     )
     return out_BhSK.transpose(1, 2).flatten(0, 1)
+
+
+# groups, queries, head_dim, length of the sequences (0: packed), window (0: none), interleaved
+Options = tuple[int, int, int, int, int, bool]
+
+
+@torch.library.custom_op("megapoly::attention_forward", mutates_args=())
+def _forward(
+    qkv_TF: Tensor, slopes_h: Tensor | None, start_T: Tensor | None, groups: int, queries: int, head_dim: int,
+    length: int, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return launch_forward(
+        qkv_TF, None, None, None, start_T, slopes_h, groups, queries, head_dim, length, window, False
+    )  # fmt: skip
+
+
+@_forward.register_fake
+def _(
+    qkv_TF: Tensor, slopes_h: Tensor | None, start_T: Tensor | None, groups: int, queries: int, head_dim: int,
+    length: int, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens, heads = qkv_TF.shape[0], groups * queries
+    return qkv_TF.new_empty((tokens, heads, head_dim)), qkv_TF.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("megapoly::rotary_attention_forward", mutates_args=("qkv_TF",))
+def _rotary_forward(
+    qkv_TF: Tensor, cos_SR: Tensor, sin_SR: Tensor, position_T: Tensor | None, start_T: Tensor | None,
+    slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return launch_forward(
+        qkv_TF, cos_SR, sin_SR, position_T, start_T, slopes_h, groups, queries, head_dim, length, window, interleaved
+    )  # fmt: skip
+
+
+@_rotary_forward.register_fake
+def _(
+    qkv_TF: Tensor, cos_SR: Tensor, sin_SR: Tensor, position_T: Tensor | None, start_T: Tensor | None,
+    slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens, heads = qkv_TF.shape[0], groups * queries
+    return qkv_TF.new_empty((tokens, heads, head_dim)), qkv_TF.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("megapoly::attention_backward", mutates_args=())
+def _backward(
+    d_out_ThK: Tensor, qkv_TF: Tensor, out_ThK: Tensor, lse_hT: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None,
+    position_T: Tensor | None, start_T: Tensor | None, end_T: Tensor | None, slopes_h: Tensor | None,
+    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return launch_backward(
+        d_out_ThK, qkv_TF, out_ThK, lse_hT, cos_SR, sin_SR, position_T, start_T, end_T, slopes_h,
+        groups, queries, head_dim, length, window, interleaved,
+    )  # fmt: skip
+
+
+@_backward.register_fake
+def _(d_out_ThK: Tensor, qkv_TF: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(qkv_TF)
+
+
+class _RotaryAttention(torch.autograd.Function):
+    """With a table it returns the buffer too, whose queries and keys are rotated now: it was changed in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_TF: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, position_T: Tensor | None,
+        start_T: Tensor | None, end_T: Tensor | None, slopes_h: Tensor | None, options: Options,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        groups, queries, head_dim, length, window, interleaved = options
+        is_rotated = cos_SR is not None and sin_SR is not None
+        if is_rotated:
+            out_ThK, lse_hT = _rotary_forward(
+                qkv_TF, cos_SR, sin_SR, position_T, start_T, slopes_h,
+                groups, queries, head_dim, length, window, interleaved,
+            )  # fmt: skip
+            ctx.mark_dirty(qkv_TF)
+        else:
+            out_ThK, lse_hT = _forward(qkv_TF, slopes_h, start_T, groups, queries, head_dim, length, window)
+        ctx.save_for_backward(
+            qkv_TF, out_ThK, lse_hT, cos_SR, sin_SR, position_T, start_T, end_T, slopes_h
+        )  # fmt: skip
+        ctx.options = options
+        return (out_ThK, qkv_TF) if is_rotated else (out_ThK,)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_qkv_TF = _backward(grads[0], *ctx.saved_tensors, *ctx.options)
+        return d_qkv_TF, None, None, None, None, None, None, None
+
+
+def _flash_attention(
+    qkv_TF: Tensor, shape: HeadShape, sequences: Sequences, cos_SR: Tensor | None, sin_SR: Tensor | None,
+    position_T: Tensor | None, interleaved: bool, window: int | None, slopes_h: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The operation by the flash-attn package; the rotation is our stand-alone kernel's."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    tokens = qkv_TF.shape[0]
+    q, k, v = shape.split(rotated(qkv_TF, shape, sequences, cos_SR, sin_SR, position_T, interleaved))
+    limits = {"causal": True, "window_size": (-1 if window is None else window - 1, 0), "alibi_slopes": slopes_h}
+    if sequences.start_T is None:
+        batch = (x.unflatten(0, (-1, sequences.length)) for x in (q, k, v))
+        return flash_attn_func(*batch, **limits).flatten(0, 1)
+    cu_seqlens = sequences.cu_seqlens
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, tokens, tokens, **limits)
 
 
 def rotary_attention(
@@ -112,4 +229,19 @@ def rotary_attention(
             qkv_TF, shape, sequences, cos_SR, sin_SR, position_T=position_T, interleaved=interleaved, window=window,
             alibi_slopes_h=alibi_slopes_h,
         )  # fmt: skip
-    raise NotImplementedError(backend)
+    if cos_SR is not None and position_T is None and sequences.length > cos_SR.shape[0]:
+        raise ValueError(
+            f"sequences of {sequences.length} tokens need as many rows of the table, not {cos_SR.shape[0]}"
+        )
+    if backend == "flash_attn":
+        return _flash_attention(
+            qkv_TF, shape, sequences, cos_SR, sin_SR, position_T, interleaved, window, alibi_slopes_h
+        )  # fmt: skip
+    is_rotated = cos_SR is not None
+    if is_rotated and not (in_place and qkv_TF.is_contiguous()):
+        qkv_TF = qkv_TF.clone(memory_format=torch.contiguous_format)
+    out_ThK, *_ = _RotaryAttention.apply(
+        qkv_TF.contiguous(), cos_SR, sin_SR, position_T, sequences.start_T, sequences.end_T, alibi_slopes_h,
+        (shape.groups, shape.queries, shape.head_dim, sequences.length, window or 0, interleaved),
+    )  # fmt: skip
+    return out_ThK

@@ -1,15 +1,30 @@
 """From hidden states to the loss of each token."""
 
-from megapoly_kernels import vocab_parallel_cross_entropy
+from megapoly_kernels import linear_cross_entropy, vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megapoly.model.transformer import Transformer
 
 
-def token_losses(model: Transformer, normed_tH: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross entropy of each token, fp32 [batch, sequence], in nats; the same on every tensor-parallel rank."""
-    shard = model.head_shard
+def masked_losses(
+    model: Transformer, normed_tH: Tensor, labels_BS: Tensor, mask_BS: Tensor, num_tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a micro-batch adds to the mean loss over num_tokens, and the cross entropy of each unmasked token.
+
+    The objective is what backward starts from; it must not be scaled. The losses are in nats, fp32 [batch, sequence],
+    zero where the mask is, without gradient, and the same on every tensor-parallel rank.
+    """
+    backend, shard, group = model.backends.loss, model.head_shard, model.place.tp.group
+    labels_T, valid_rows = labels_BS.flatten(), shard.end - shard.begin
+    if backend == "fused_linear":
+        objective, losses_T = linear_cross_entropy(
+            normed_tH, model.head_weight, labels_T, mask_BS.flatten() / num_tokens, shard.begin, valid_rows,
+            group=group, sequence_parallel=model.place.sequence_parallel,
+            main_grad=getattr(model.head_weight, "main_grad", None),
+        )  # fmt: skip
+        return objective, losses_T.view_as(mask_BS) * mask_BS
     losses_T = vocab_parallel_cross_entropy(
-        model.logits(normed_tH), labels_BS.flatten(), shard.begin, shard.end - shard.begin, model.place.tp.group
+        model.logits(normed_tH), labels_T, shard.begin, valid_rows, group, in_place=True, backend=backend
     )
-    return losses_T.view_as(labels_BS)
+    losses_BS = losses_T.view_as(mask_BS) * mask_BS
+    return losses_BS.sum() / num_tokens, losses_BS.detach()

@@ -1,27 +1,37 @@
 """Global norms over all axes, each parameter counted once."""
 
 import torch
+from megapoly_kernels import Range, RangeTable, squared_norm
 from torch import Tensor
 
 from megapoly.parallel.collectives import all_reduce_
-from megapoly.parallel.gradients import FlatBuffers
+from megapoly.parallel.gradients import FlatBuffers, Segment
 
 
-def global_norm(owned: Tensor, buffers: FlatBuffers) -> Tensor:
-    """L2 norm of a flat quantity whose owned range this rank holds (fp32), over the whole model; fp64 scalar.
+def owned_part(segment: Segment, owned: slice) -> tuple[int, int]:
+    """(begin, end) within the owned range of what it holds of a segment; equal where it holds nothing."""
+    begin = min(max(segment.begin, owned.start), owned.stop)
+    end = min(max(segment.end, begin), owned.stop)
+    return begin - owned.start, end - owned.start
 
-    Parameters that tensor-parallel ranks hold alike count on the first of them, a tied matrix on the first stage.
+
+class GlobalNorm:
+    """L2 norms of flat quantities over the whole model.
+
+    Parameters that tensor-parallel ranks hold alike count on the first of them, a tied matrix on the first stage, and
+    what is frozen (does not require a gradient at construction) nowhere.
     """
-    start, stop = buffers.owned.start, buffers.owned.stop
-    parts = [
-        owned[max(s.begin, start) - start : min(s.end, stop) - start]
-        for s in buffers.segments
-        if s.is_counted and s.begin < stop and s.end > start
-    ]
-    total = torch.zeros((), dtype=torch.float64, device=owned.device)
-    if parts:
-        total = torch.stack(torch._foreach_norm(parts)).double().square().sum()
-    return all_reduce_(total, buffers.mesh.world).sqrt()
+
+    def __init__(self, buffers: FlatBuffers, backend: str | None = None) -> None:
+        self.backend, self.world = backend, buffers.mesh.world
+        counted = [s for s in buffers.segments if s.is_counted and s.parameter.requires_grad]
+        ranges = [Range(*owned_part(s, buffers.owned)) for s in counted]
+        self.ranges = RangeTable.build([r for r in ranges if r.begin < r.end], buffers.params.device)
+
+    @torch.no_grad()
+    def __call__(self, owned: Tensor) -> Tensor:
+        """The norm of a flat fp32 quantity whose owned range this rank holds; fp64 scalar, the same on every rank."""
+        return all_reduce_(squared_norm(owned, self.ranges, self.backend), self.world).sqrt()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -14,6 +14,8 @@ from megapoly.parallel.collectives import all_gather, all_reduce_, reduce_scatte
 from megapoly.parallel.mesh import Axis, Mesh
 from megapoly.parallel.tensor import Shard, sharded_parameters
 
+ALIGNMENT = 64  # entries: every data-parallel rank's range begins on a cache line, for wide accesses of the optimizer
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -31,6 +33,7 @@ class Segment:
 class FlatBuffers:
     """The parameters of a model, moved into one buffer, with fp32 main gradients beside it.
 
+    A parameter's main gradient is also its attribute `main_grad`, for operations that add to it themselves.
     `tied`: the last stage holds a copy of the first one's embedding, and their gradients belong together.
     """
 
@@ -50,7 +53,8 @@ class FlatBuffers:
             self.segments.append(Segment(name, parameter, shard, position, end, is_decayed[name], counted))
             position = end
         self.num_decayed = max((s.end for s in self.segments if s.is_decayed), default=0)
-        self.size = -(-position // mesh.dp.size) * mesh.dp.size
+        whole = mesh.dp.size * ALIGNMENT
+        self.size = -(-position // whole) * whole
         first = self.segments[0].parameter
         self.params = torch.zeros(self.size, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(self.size, dtype=torch.float32, device=first.device)
@@ -58,7 +62,9 @@ class FlatBuffers:
             view = self.params[segment.begin : segment.end].view_as(segment.parameter)
             view.copy_(segment.parameter.detach())
             segment.parameter.data = view
-            segment.parameter.register_post_accumulate_grad_hook(self._accumulator(segment))
+            segment.parameter.main_grad = self.main_grad(segment)  # type: ignore[attr-defined]
+            if segment.parameter.requires_grad:
+                segment.parameter.register_post_accumulate_grad_hook(self._accumulator(segment))
 
     @property
     def owned(self) -> slice:
@@ -74,9 +80,9 @@ class FlatBuffers:
         main_grad = self.main_grad(segment)
 
         def accumulate(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            main_grad.add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:  # None where an operation has added to main_grad itself
+                main_grad.add_(parameter.grad)
+                parameter.grad = None
 
         return accumulate
 

@@ -128,7 +128,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         console=Console(mesh.is_main),
         model=model,
         buffers=buffers,
-        optimizer=ShardedAdamW(buffers, cfg.optimizer),
+        optimizer=ShardedAdamW(buffers, cfg.optimizer, backends.adamw),
         pipeline=Pipeline(mesh.pp, (tokens, m.hidden_size), model.residual_dtype, mesh.device),
         loader=TrainLoader(prepared.plan, prepared.streams, deal),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megapoly.data.batch import Batch
-from megapoly.model.loss import token_losses
-from megapoly.optim.clip import clip_coefficient, global_norm
+from megapoly.model.loss import masked_losses
+from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.schedule import learning_rate
 from megapoly.parallel.collectives import all_reduce_
 from megapoly.parallel.schedule import forward_only, one_f_one_b
@@ -40,11 +40,12 @@ def train_step(run: Run, step: int) -> StepStats:
     run.pipeline.run(actions, lambda i, hidden: stage_forward(run, batches[i], hidden, num_tokens, by_source))
     owned_grad = run.buffers.reduce()
 
-    grad_norm = global_norm(owned_grad, run.buffers)
-    owned_grad *= clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
+    grad_norm = run.optimizer.global_norm(owned_grad)
+    clip = clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
     lr = learning_rate(run.cfg.schedule, step, run.prepared.num_steps)
-    run.optimizer.step(owned_grad, lr)
-    return StepStats(sum_over_stages(run, by_source), grad_norm, global_norm(run.optimizer.master, run.buffers), lr)
+    run.optimizer.step(owned_grad, lr, clip)
+    params_norm = run.optimizer.global_norm(run.optimizer.master)
+    return StepStats(sum_over_stages(run, by_source), grad_norm, params_norm, lr)
 
 
 def stage_forward(run: Run, batch: Batch, hidden: Tensor | None, num_tokens: Tensor, by_source: Tensor) -> Tensor:
@@ -55,11 +56,12 @@ def stage_forward(run: Run, batch: Batch, hidden: Tensor | None, num_tokens: Ten
         result: Tensor = output
         return result
     mask_BS = to_device(batch.mask, run.mesh.device)
-    losses_BS = token_losses(run.model, output, to_device(batch.labels, run.mesh.device)) * mask_BS
+    labels_BS = to_device(batch.labels, run.mesh.device)
+    objective, losses_BS = masked_losses(run.model, output, labels_BS, mask_BS, num_tokens)
     sources_B = to_device(batch.sources, run.mesh.device)
-    by_source[0].index_add_(0, sources_B, losses_BS.detach().double().sum(1))
+    by_source[0].index_add_(0, sources_B, losses_BS.double().sum(1))
     by_source[1].index_add_(0, sources_B, mask_BS.double().sum(1))
-    return losses_BS.sum() / num_tokens
+    return objective
 
 
 def sum_over_stages(run: Run, by_source: Tensor) -> Tensor:

@@ -7,15 +7,19 @@ import pytest
 import torch
 from megapoly_kernels import (
     HeadShape,
+    Range,
+    RangeTable,
     Sequences,
     adamw_,
     bias_gelu,
     gated_activation,
     layer_norm,
+    merged,
     rms_norm,
     rotary,
     rotary_attention,
     rotary_table,
+    squared_norm,
     vocab_parallel_cross_entropy,
 )
 from ranks import run_ranks
@@ -209,15 +213,39 @@ def test_cross_entropy_survives_large_logits_and_a_shard_of_padding() -> None:
         assert loss.item() == pytest.approx(2e4)
 
 
-def test_adamw_follows_the_paper() -> None:
+def test_adamw_follows_the_paper_within_its_ranges() -> None:
     master, exp_avg, exp_avg_sq = random(50), torch.zeros(50), torch.zeros(50)
+    params, before = master.bfloat16(), master.clone()
     x, m, v = master.double(), torch.zeros(50).double(), torch.zeros(50).double()
+    ranges = RangeTable.build([Range(0, 20, 0.1), Range(20, 20, 0.5), Range(27, 50)], torch.device("cpu"))
+    decay = torch.zeros(50).double()
+    decay[:20] = 0.1
     for step in range(1, 6):
         grad = random(50, seed=step)
-        adamw_(master, grad, exp_avg, exp_avg_sq, step, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-        g = grad.double()
+        g = grad.double() * 0.5
+        adamw_(
+            master, grad, exp_avg, exp_avg_sq, step, ranges, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8,
+            scale=torch.tensor(0.5), params=params,
+        )  # fmt: skip
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        x = x * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
-    close(master, x)
-    close(exp_avg, m)
-    close(exp_avg_sq, v)
+        x = x * (1 - 0.01 * decay) - 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+    for part in (slice(0, 20), slice(27, 50)):
+        close(master[part], x[part])
+        close(exp_avg[part], m[part])
+        close(exp_avg_sq[part], v[part])
+    assert torch.equal(master[20:27], before[20:27]) and not exp_avg[20:27].any() and not exp_avg_sq[20:27].any()
+    assert torch.equal(params, master.bfloat16())
+
+
+def test_squared_norm_of_ranges() -> None:
+    x = random(50)
+    table = RangeTable.build([Range(0, 7), Range(7, 7), Range(9, 50)], torch.device("cpu"))
+    total = squared_norm(x, table)
+    assert total.dtype == torch.float64
+    close(total, x.double().square().sum() - x[7:9].double().square().sum())
+    assert squared_norm(x, RangeTable.build([], torch.device("cpu"))).item() == 0.0
+
+
+def test_ranges_merge_where_they_touch_and_decay_alike() -> None:
+    ranges = [Range(0, 2, 0.1), Range(2, 2, 0.3), Range(2, 5, 0.1), Range(5, 6), Range(7, 9), Range(9, 9)]
+    assert merged(ranges) == [Range(0, 5, 0.1), Range(5, 6), Range(7, 9)]

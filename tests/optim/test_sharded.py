@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from megapoly_kernels import Range
 from ranks import assemble, run_ranks
 from tiny_runs import tiny_config, tiny_run
 
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.config import Config
-from megapoly.optim.clip import clip_coefficient, global_norm
-from megapoly.parallel.mesh import Mesh
+from megapoly.optim.clip import clip_coefficient
+from megapoly.optim.sharded import ShardedAdamW, update_ranges
+from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.parallel.rng import normal_shard
 
 
@@ -29,7 +31,7 @@ def three_steps(mesh: Mesh, cfg: Config) -> tuple[dict, dict, float]:
             whole = gradient(piece.name, piece.shape, step)
             place = tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.tensor.shape, strict=True))
             piece.tensor.copy_(whole[place])
-        norm = global_norm(owned, run.buffers)
+        norm = run.optimizer.global_norm(owned)
         run.optimizer.step(owned, lr=0.01)
     return before, assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True)), norm.item()
 
@@ -66,3 +68,55 @@ def test_clipping() -> None:
     assert clip_coefficient(torch.tensor(4.0), 1.0).item() == pytest.approx(0.25, rel=1e-6)
     assert clip_coefficient(torch.tensor(0.5), 1.0).item() == 1.0
     assert clip_coefficient(torch.tensor(50.0), 0.0).item() == 1.0
+
+
+def test_the_scale_is_that_of_the_gradients(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "llama", bf16=True, weight_decay=0.5)
+    run, other = (tiny_run(single_process_mesh(), cfg) for _ in range(2))
+    grad = torch.randn_like(run.optimizer.master)
+    run.optimizer.step(grad.clone(), 0.01, torch.tensor(0.3, dtype=torch.float64))
+    other.optimizer.step(grad * 0.3, 0.01)
+    assert torch.equal(run.optimizer.master, other.optimizer.master)
+    assert torch.equal(run.optimizer.exp_avg_sq, other.optimizer.exp_avg_sq)
+    assert torch.equal(run.buffers.params, run.optimizer.master.bfloat16())
+
+
+def train_with_frozen(mesh: Mesh, cfg: Config) -> None:
+    """Freeze a matrix and a norm; assert that they keep their bits, are not counted, and that all else moves."""
+    run = tiny_run(mesh, cfg)
+    b = run.buffers
+    frozen = [s for s in b.segments if "mlp" in s.name and s.is_decayed][:1] + b.segments[-1:]
+    for segment in frozen:
+        segment.parameter.requires_grad_(False)
+    optimizer = ShardedAdamW(b, cfg.optimizer)
+    is_frozen = torch.zeros(b.size, dtype=torch.bool)
+    for segment in frozen:
+        is_frozen[segment.begin : segment.end] = True
+    is_padding = torch.arange(b.size) >= b.segments[-1].end
+    before, master = b.params.clone(), optimizer.master.clone()
+    grad = torch.randn(b.size, generator=torch.Generator().manual_seed(1))
+    owned = grad[b.owned].clone()
+    expected = grad[~is_frozen & ~is_padding].double().norm().item()
+    assert optimizer.global_norm(owned).item() == pytest.approx(expected, rel=1e-6)
+    for _ in range(2):
+        optimizer.step(owned.clone(), 0.1)
+    stays = (is_frozen | is_padding)[b.owned]
+    assert torch.equal(optimizer.master[stays], master[stays])
+    assert (optimizer.master[~stays] != master[~stays]).all()
+    for moment in (optimizer.exp_avg, optimizer.exp_avg_sq):
+        assert not moment[stays].any() and moment[~stays].all()
+    assert torch.equal(b.params[is_frozen], before[is_frozen]) and not torch.equal(b.params, before)
+
+
+@pytest.mark.parametrize(("bf16", "dp"), [(False, 1), (True, 3)])
+def test_frozen_parameters_keep_their_bits_and_do_not_count(bf16: bool, dp: int, tmp_path: Path) -> None:
+    run_ranks(train_with_frozen, tiny_config(tmp_path, "gpt2", bf16=bf16, weight_decay=0.5), dp=dp)
+
+
+def test_update_ranges_are_one_for_matrices_and_one_for_the_rest(tmp_path: Path) -> None:
+    b = tiny_run(single_process_mesh(), tiny_config(tmp_path, "gpt2")).buffers
+    assert update_ranges(b, 0.5) == [Range(0, b.num_decayed, 0.5), Range(b.num_decayed, b.segments[-1].end)]
+    assert len(update_ranges(b, 0.0)) == 2
+    for segment in b.segments:
+        segment.parameter.requires_grad_(False)
+    assert update_ranges(b, 0.5) == []

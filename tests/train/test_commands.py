@@ -51,6 +51,7 @@ def test_torchrun_starts_the_script_and_a_second_start_knows_that_it_is_finished
     first = run([*command, *flags(data, "run")], tmp_path)
     assert first.returncode == 0, first.stderr
     assert "no --config given: " in first.stdout and "tiny" in first.stdout
+    assert first.stdout.count("kernels: attention sdpa, norm torch") == 1
     assert "TP 1 x PP 1 x DP 2" in first.stdout and "starting run anew" in first.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["num_layers"] == 2
@@ -192,6 +193,7 @@ def bad_file(data: Path, folder: Path, damage: str) -> list[str]:
             "world",
             "tensor_model_parallel_size (4) x pipeline_model_parallel_size (1) = 4 must divide the world size (2)",
         ),
+        ("backend", "norm_backend (triton) needs a CUDA GPU; this is the CPU: use auto"),
         ("missing", "ko_text_document.idx"),
         ("truncated", "ko_text_document.idx"),
         ("lies", "ko_text_document.idx"),
@@ -216,6 +218,8 @@ def test_bad_input_ends_in_one_line_and_status_2_on_every_rank(
         words += ["--num-layers", "1", "--pipeline-model-parallel-size", "2"]
     elif name == "world":
         words += ["--tensor-model-parallel-size", "4"]
+    elif name == "backend":
+        words += ["--norm-backend", "triton"]
     elif name == "tokenizer":
         words += ["--tokenizer-model", "tokenizer.model"]
     elif name == "checkpoint":
