@@ -37,8 +37,10 @@ def accumulate_(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
         out_MN.addmm_(a_MK.float(), b_KN.float())
     elif _adds_into_fp32(a_MK.dtype, a_MK.device):
         torch.addmm(out_MN, a_MK, b_KN, out_dtype=torch.float32, out=out_MN)
-    else:
-        out_MN.add_(torch.mm(a_MK, b_KN, out_dtype=torch.float32))
+    else:  # by blocks of rows, so that no second fp32 matrix of this size is held
+        rows = max(1, 2**25 // b_KN.shape[1])
+        for out, a in zip(out_MN.split(rows), a_MK.split(rows), strict=True):
+            out.add_(torch.mm(a, b_KN, out_dtype=torch.float32))
 
 
 @dataclass(frozen=True)
