@@ -14,6 +14,7 @@ from megapoly_kernels.attention_forward import (
     LOG2_E,
     Tiles,
     can_use_tma,
+    has_big_tiles,
     head_options,
     precision_of,
     source_of,
@@ -210,19 +211,19 @@ def backward_tiles(arch: int, dtype: torch.dtype, block_d: int) -> tuple[Tiles, 
     """Tiles of the kernel for keys and values, and of the one for queries."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 2), Tiles(32, 16, 4, 2)
-    if arch >= 90:
-        if block_d <= 64:
-            return Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)
-        return (
-            (Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2))
-            if block_d <= 128
-            else (Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2))
-        )
-    if block_d <= 64:
-        return Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)
-    return (
-        (Tiles(32, 128, 8, 2), Tiles(128, 32, 8, 2)) if block_d <= 128 else (Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2))
-    )
+    width = min(max(block_d, 64), 256)
+    if has_big_tiles(arch):
+        return {
+            64: (Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
+            128: (Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
+            256: (Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2)),
+        }[width]
+    other = 32 if arch == 80 else 16  # GPUs beside the A100 have 99 KB of shared memory a block
+    return {
+        64: (Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        128: (Tiles(32, 128, 8, 2), Tiles(128, 32, 8, 2)),
+        256: (Tiles(other, 64, 8, 2), Tiles(64, other, 8, 2)),
+    }[width]
 
 
 def launch_backward(

@@ -133,14 +133,20 @@ class Tiles:
 
 
 def forward_tiles(arch: int, dtype: torch.dtype, block_d: int) -> Tiles:
-    """Queries x keys a tile, by width of the head: what leaves the loop without spills and fills the tensor cores."""
+    """Queries x keys a tile, by width of the head: what spills nothing in the loop and fills the tensor cores.
+
+    On Hopper some shapes make the assembler wait after every product; those are out (see `serial` in the report).
+    """
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 2)
-    if block_d <= 64:
-        return Tiles(128, 128 if arch >= 90 else 64, 4, 3)
-    if block_d <= 128:
-        return Tiles(128, 64, 8, 3)
-    return Tiles(128, 64, 8, 2) if arch >= 90 else Tiles(64, 32, 8, 2)
+    if has_big_tiles(arch):
+        return {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3)}.get(max(block_d, 64), Tiles(128, 32, 8, 2))
+    return {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3)}.get(max(block_d, 64), Tiles(64, 32, 8, 2))
+
+
+def has_big_tiles(arch: int) -> bool:
+    """Hopper and the data-centre Blackwells: 227 KB of shared memory a block, and the tensor memory accelerator."""
+    return arch in (90, 100, 103)
 
 
 def head_options(
@@ -162,9 +168,9 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def can_use_tma(x_TF: Tensor, head_dim: int) -> bool:
-    """Whether heads of x can be fetched by the tensor memory accelerator: Hopper, 16 bits, a power of two, aligned."""
+    """Whether heads of x can be fetched by the tensor memory accelerator: 16 bits, a power of two, aligned."""
     return (
-        target_of(x_TF).arch >= 90
+        has_big_tiles(target_of(x_TF).arch)
         and x_TF.element_size() == 2
         and head_dim == triton.next_power_of_2(head_dim)
         and x_TF.stride(0) * x_TF.element_size() % 16 == 0

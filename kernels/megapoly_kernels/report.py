@@ -75,7 +75,10 @@ def compile_only(arch: int) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs: bytes for `shared` and `spill` (local memory and stack a thread)."""
+    """What one compiled kernel needs: bytes for `shared` and `spill` (local memory and stack a thread).
+
+    `serial` counts the HGMMA after which the assembler put a wait: a few end a loop, all of them mean no overlap.
+    """
 
     kernel: str
     arch: int
@@ -84,6 +87,7 @@ class Resources:
     spill: int
     shared: int
     instructions: dict[str, int]
+    serial: int
 
 
 def resources(kernel: Any, arch: int) -> Resources:
@@ -98,10 +102,10 @@ def resources(kernel: Any, arch: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
-    return Resources(
-        kernel.metadata.name, arch, kernel.metadata.num_warps, registers, stack + local, kernel.metadata.shared,
-        {code: len(re.findall(rf"\b{code}\b", sass)) for code in OPCODES},
-    )  # fmt: skip
+    counts = {code: len(re.findall(rf"\b{code}\b", sass)) for code in OPCODES}
+    serial = len(re.findall(r"\bHGMMA\b[^;]*\bgsb0\b", sass))
+    name, warps, shared = kernel.metadata.name, kernel.metadata.num_warps, kernel.metadata.shared
+    return Resources(name, arch, warps, registers, stack + local, shared, counts, serial)
 
 
 def compile_case(case: Case, arch: int) -> list[Resources]:
@@ -120,7 +124,9 @@ def main() -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="triton-"))
     print(f"triton {triton.__version__}, torch {torch.__version__}; spill: bytes a thread, shared: bytes a block")
     print(
-        f"{'case':<52}{'kernel':<36}{'arch':>5}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>9}  " + " ".join(OPCODES)
+        f"{'case':<52}{'kernel':<36}{'arch':>5}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>9}  "
+        + " ".join(OPCODES)
+        + " serial"
     )
     is_over = False
     for case in CASES:
@@ -133,7 +139,7 @@ def main() -> int:
                 counts = " ".join(f"{r.instructions[code]:>{len(code)}}" for code in OPCODES)
                 print(
                     f"{case.name:<52}{r.kernel:<36}{r.arch:>5}{r.warps:>6}{r.registers:>6}{r.spill:>6}{r.shared:>9}  "
-                    f"{counts}{mark}",
+                    f"{counts} {r.serial:>6}{mark}",
                     flush=True,
                 )
     return int(is_over)

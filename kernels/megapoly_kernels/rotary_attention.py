@@ -219,9 +219,12 @@ def rotary_attention(
     arXiv 2305.13245). With a table (fp32 [positions, rotary_dim / 2] each) queries and keys are rotated by position_T
     (default: the place in the sequence); half style, or interleaved pairs. `window`: a query sees so many tokens, its
     own included. `alibi_slopes_h`, fp32 [heads]: slope x distance is subtracted from the scores (Press et al. 2022,
-    arXiv 2108.12409). Softmax in fp32. Returns [tokens, heads, head_dim].
+    arXiv 2108.12409). Softmax in fp32; the backward pass has no atomics and is deterministic. Returns [tokens, heads,
+    head_dim]. Raises ValueError where sequences are longer than the table.
 
-    `in_place` lets the kernel leave the rotated queries and keys in qkv_TF, which must not be needed elsewhere.
+    No position may lie beyond the table; of packed sequences that is not looked for, since it would wait for the GPU.
+    `in_place` lets the kernel leave the rotated queries and keys in qkv_TF, which must not be needed elsewhere, nor be
+    a leaf or a view.
     `backend`: triton, sdpa or flash_attn (default: triton on a GPU, sdpa on a CPU).
     """
     if resolve_backend(backend, qkv_TF) in ("sdpa", "torch"):
@@ -240,8 +243,9 @@ def rotary_attention(
     is_rotated = cos_SR is not None
     if is_rotated and not (in_place and qkv_TF.is_contiguous()):
         qkv_TF = qkv_TF.clone(memory_format=torch.contiguous_format)
+    tables = (cos_SR, sin_SR, position_T, sequences.start_T, sequences.end_T, alibi_slopes_h)
     out_ThK, *_ = _RotaryAttention.apply(
-        qkv_TF.contiguous(), cos_SR, sin_SR, position_T, sequences.start_T, sequences.end_T, alibi_slopes_h,
+        qkv_TF.contiguous(), *(None if x is None else x.contiguous() for x in tables),
         (shape.groups, shape.queries, shape.head_dim, sequences.length, window or 0, interleaved),
     )  # fmt: skip
     return out_ThK

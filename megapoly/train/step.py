@@ -32,7 +32,7 @@ def train_step(run: Run, step: int) -> StepStats:
     """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
     batches = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
-    num_tokens = torch.tensor(float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
+    num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
     all_reduce_(num_tokens, run.mesh.dp)
 
     run.buffers.zero_grad()
@@ -59,8 +59,9 @@ def stage_forward(run: Run, batch: Batch, hidden: Tensor | None, num_tokens: Ten
     labels_BS = to_device(batch.labels, run.mesh.device)
     objective, losses_BS = masked_losses(run.model, output, labels_BS, mask_BS, num_tokens)
     sources_B = to_device(batch.sources, run.mesh.device)
-    by_source[0].index_add_(0, sources_B, losses_BS.double().sum(1))
-    by_source[1].index_add_(0, sources_B, mask_BS.double().sum(1))
+    is_of_source_NB = torch.arange(by_source.shape[1], device=run.mesh.device)[:, None] == sources_B
+    by_source[0] += (is_of_source_NB * losses_BS.double().sum(1)).sum(1)  # index_add_ is not deterministic on a GPU
+    by_source[1] += (is_of_source_NB * mask_BS.double().sum(1)).sum(1)
     return objective
 
 

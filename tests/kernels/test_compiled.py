@@ -50,3 +50,4 @@ def test_attention_multiplies_on_tensor_cores_and_loads_asynchronously(case: Cas
                 assert i["HMMA"] and i["LDGSTS"], r
             else:
                 assert i["HGMMA"] and not i["HMMA"] and i["UTMALDG" if is_power_of_two else "LDGSTS"], r
+                assert 2 * r.serial <= i["HGMMA"] or not is_power_of_two, r
