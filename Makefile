@@ -1,11 +1,12 @@
 # make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
 # make test                                   all tests
 # make check                                  format, lint, types, tests
-# make bench                                  every kernel beside its peers, on this GPU -> kernels/bench/results/
+# make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
 # make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
+# make bench-tune [FLAGS="--head-dim 64"]     tile sizes of attention's kernels, tried out on this GPU
 # make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
-# (these four use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
+# (these five use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -16,7 +17,7 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test check install bench bench-step bench-record kernels-report clean
+.PHONY: pretrain test check install bench bench-step bench-record bench-tune kernels-report clean
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
@@ -43,6 +44,9 @@ bench-step:
 
 bench-record:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)
+
+bench-tune:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/tune_attention.py $(FLAGS)
 
 kernels-report:
 	PYTHONPATH=kernels:. $(PYTHON) -m megapoly_kernels.report $(FLAGS)

@@ -82,7 +82,7 @@ def case(machine: Machine, tokens: int, vocab: int) -> Case:
             Contestant("torch eager, fp32", lambda: one(eager)),
             Contestant("torch eager, bf16", lambda: one(eager_low)),
             Contestant("torch.compile", lambda: one(compiled(eager, machine))),
-            Contestant("Liger-Kernel", liger, rebuilds=True, is_capturable=False),
+            Contestant("Liger-Kernel", liger, rebuilds=True),
             Contestant("flash-attn triton, in place", flash_attn, rebuilds=True),
             Contestant("apex xentropy", apex, rebuilds=True),
         ],

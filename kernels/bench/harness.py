@@ -8,13 +8,14 @@ import gc
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import Row, Target, add_ratios, document_of, environment, first_line, table, target_table, write_json
+from journal import LOST, GpuLost, Journal
+from results import Row, Target, add_ratios, environment, first_line, table, target_table
 from timing import Machine, this_machine, time_calls
 from torch import Tensor
 
@@ -23,6 +24,7 @@ for _root in (Path(__file__).parents[1], Path(__file__).parents[2]):
         sys.path.append(str(_root))
 
 NO_GPU = 2
+QUICK = "the shapes that have targets alone, and torch.compile once an operation"
 
 
 @dataclass
@@ -52,7 +54,6 @@ class Contestant:
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     restore: Callable[[list[Tensor], list[Tensor]], Pair] = lambda outputs, grads: (outputs, grads)
     rebuilds: bool = False
-    is_capturable: bool = True
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _milliseconds(case: Case, contestant: Contestant, run: Run, machine: Machine
     size = sum(t.numel() * t.element_size() for t in [*first.leaves, *_tensors(first.other)])
     count = max(1, min(32, math.ceil(2 * machine.l2_bytes / size))) if machine.l2_bytes else 2
     copies = [first] + [contestant.prepare(case.make(seed)) for seed in range(1, count)]
-    clock = partial(time_calls, machine=machine, is_capturable=contestant.is_capturable)
+    clock = partial(time_calls, machine=machine)
     taken: dict[str, tuple[float, str]] = {}
     needed = set(case.directions)
     if contestant.rebuilds and "backward" in needed:
@@ -184,13 +185,18 @@ def _extra_gigabytes(case: Case, contestant: Contestant, run: Run) -> float:
     return (torch.cuda.max_memory_allocated() - before - sum(g.numel() * g.element_size() for g in grads)) / 1e9
 
 
-def measure(case: Case, contestant: Contestant, expected: Pair, machine: Machine) -> list[Row]:
-    """The rows of one contestant; where it is absent or fails they say why."""
+def blank_rows(case: Case, contestant: Contestant) -> dict[str, Row]:
+    """A row for each direction, with nothing measured."""
     names = {"operation": case.operation, "shape": case.shape, "implementation": contestant.name}
-    rows = {
+    return {
         direction: Row(direction=direction, backend=contestant.backend, record=case.record, unit=case.unit, **names)
         for direction in case.directions
     }
+
+
+def measure(case: Case, contestant: Contestant, expected: Pair, machine: Machine) -> list[Row]:
+    """The rows of one contestant; where it is absent or fails they say why."""
+    rows = blank_rows(case, contestant)
     try:
         run = contestant.build()
         errors = _errors(case, contestant, run, expected)
@@ -216,23 +222,46 @@ def measure(case: Case, contestant: Contestant, expected: Pair, machine: Machine
     return list(rows.values())
 
 
-def measure_case(case: Case, machine: Machine) -> list[Row]:
-    """All contestants of a case, with ratios; rows are sorted by direction."""
-    rows: list[Row] = []
+def measure_case(case: Case, machine: Machine, journal: Journal | None = None, limit: float = 0) -> list[Row]:
+    """All contestants of a case, with ratios; rows are sorted by direction. Raises GpuLost, with the journal whole."""
+    journal = journal or Journal(None, "", {})
+    rows = journal.rows_of(case.operation, case.shape, "reference")
+    if rows:
+        return rows
+    waiting = []
+    for contestant in case.contestants:
+        known = journal.rows_of(case.operation, case.shape, contestant.name)
+        rows += known
+        waiting += [] if known else [contestant]
+    expected: Pair = ([], [])
     try:
-        expected = case.reference(case.make(0))
-    except torch.OutOfMemoryError as error:
+        if waiting:
+            expected = case.reference(case.make(0))
+    except Exception as error:  # with nothing to hold them against, no contestant runs
         names = {"operation": case.operation, "shape": case.shape, "record": case.record}
         note = f"no reference: {first_line(error)}"
-        return [Row(direction=d, implementation="reference", note=note, **names) for d in case.directions]
-    for contestant in case.contestants:
-        rows += measure(case, contestant, expected, machine)
-        gc.collect()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        journal.add([Row(direction=d, implementation="reference", note=note, **names) for d in case.directions])
+        rows, waiting = rows + journal.rows[-len(case.directions) :], []
+        _free(machine)
+    for contestant in waiting:
+        with journal.measuring(list(blank_rows(case, contestant).values()), limit):
+            some = measure(case, contestant, expected, machine)
+        journal.add(some)
+        rows += some
+        _free(machine)
     rows.sort(key=lambda row: case.directions.index(row.direction))
     add_ratios(rows)
     return rows
+
+
+def _free(machine: Machine) -> None:
+    gc.collect()
+    if machine.device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # an illegal access, for one, ends all use of the GPU by this process
+            raise GpuLost(first_line(error)) from None
 
 
 # -------------------------------------------------------------------------------------------------------- the scripts
@@ -241,9 +270,15 @@ def measure_case(case: Case, machine: Machine) -> list[Row]:
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all scripts have."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", "--output", type=Path, help="write the rows to this file, as they come")
     parser.add_argument("--smoke", action="store_true", help="run on the CPU at tiny sizes; measures nothing")
     return parser
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """The options that say how much is measured, of the scripts and of run.py."""
+    parser.add_argument("--quick", action="store_true", help=QUICK)
+    parser.add_argument("--limit", type=float, default=90, help="seconds that one implementation at one shape may take")
 
 
 def is_runnable(smoke: bool) -> bool:
@@ -254,25 +289,45 @@ def is_runnable(smoke: bool) -> bool:
     return False
 
 
+def selected(cases: Sequence[Case], quick: bool) -> Sequence[Case]:
+    """All cases; with `quick` those with targets, and torch.compile in the first of each operation."""
+    if not quick:
+        return cases
+    kept: list[Case] = []
+    for case in cases:
+        if not any(case.targets.values()):
+            continue
+        if case.operation in {earlier.operation for earlier in kept}:
+            some = [contestant for contestant in case.contestants if not contestant.name.startswith("torch.compile")]
+            case = replace(case, contestants=some)
+        kept.append(case)
+    return kept
+
+
 def main(name: str, parser: argparse.ArgumentParser, cases: Callable[[Machine, Any], Sequence[Case]]) -> int:
     """Measure the cases of a script, print them and write them; the exit status."""
+    add_limits(parser)
+    parser.add_argument("--resume", action="store_true", help="leave out what the --json file holds already")
     options = parser.parse_args()
     if not is_runnable(options.smoke):
         return NO_GPU
-    stream = torch.cuda.stream(None if options.smoke else torch.cuda.Stream())
-    with stream:  # a graph cannot be captured on the default stream, nor backward on another than forward's
-        machine = this_machine(options.smoke)
-        print(
-            f"{name}: copy {machine.copy_tb_per_s:.3g} TB/s, bf16 GEMM {machine.gemm_tflop_per_s:.4g} TFLOP/s"
-            f"{' (smoke run: figures mean nothing)' if options.smoke else f', {machine.gpu}'}"
-        )
-        rows: list[Row] = []
-        for case in cases(machine, options):
-            some = measure_case(case, machine)
+    machine = this_machine(options.smoke)
+    print(
+        f"{name}: copy {machine.copy_tb_per_s:.3g} TB/s, bf16 GEMM {machine.gemm_tflop_per_s:.4g} TFLOP/s"
+        f"{' (smoke run: figures mean nothing)' if options.smoke else f', {machine.gpu}'}"
+    )
+    journal = Journal(options.json, name, environment(options.smoke), options.resume)
+    journal.told |= {"copy_tb_per_s": machine.copy_tb_per_s, "gemm_tflop_per_s": machine.gemm_tflop_per_s}
+    rows: list[Row] = []
+    try:
+        for case in selected(cases(machine, options), options.quick):
+            some = measure_case(case, machine, journal, options.limit)
             print(table(some), flush=True)
             rows += some
-    print(target_table(rows))
-    if options.json is not None:
-        rates = {"copy_tb_per_s": machine.copy_tb_per_s, "gemm_tflop_per_s": machine.gemm_tflop_per_s, "failed": None}
-        write_json(options.json, document_of(environment(options.smoke), {name: rates}, rows))
+    except GpuLost as error:
+        print(f"{name}: this process has lost the GPU; --resume goes on without what did it\n{error}", file=sys.stderr)
+        return LOST
+    print(target_table(rows), flush=True)
+    journal.rows = rows  # sorted, and with ratios
+    journal.write(rows)
     return 0

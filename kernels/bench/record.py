@@ -42,7 +42,7 @@ def winners(rows: Sequence[Row]) -> tuple[dict[str, str], list[str]]:
     remarks: list[str] = []
     for choice, allowed in CHOICES.items():
         some = [row for row in rows if row.record == choice]
-        shapes = {(row.operation, row.shape) for row in some}
+        shapes = {(row.operation, row.shape) for row in some if row.backend}
         whole = {
             backend: math.exp(sum(math.log(ms) for ms in taken.values()) / len(taken))
             for backend, taken in seconds(some).items()
@@ -99,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for choice, backend in chosen.items():
         was = before.get(choice, "not measured")
         print(f"{gpu}: {choice} {backend}" + ("" if was == backend else f" (was: {was})"))
+    failed = {name: told["failed"] for name, told in document["operations"].items() if told.get("failed")}
+    remarks += [f"{name} was measured in part: {reason}" for name, reason in failed.items()]
     for remark in remarks:
         print(remark)
     table[gpu] = before | chosen

@@ -203,7 +203,9 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     if document["smoke"] and path.resolve().is_relative_to(FOLDER.resolve()):
         raise ValueError(f"{path}: a smoke run measures nothing and is not kept among the results")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)  # whoever reads, or is killed, finds a whole file
 
 
 def document_of(head: dict[str, Any], operations: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

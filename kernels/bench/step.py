@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,10 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("megapoly", "transformers eager", "transformers compile", "transformers liger")
 # Dense bf16 peaks of the data sheets in TFLOP/s, by a part of the device's name; the first that fits.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "A100": 312, "A800": 312, "B200": 2250}
+PEAKS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312,
+    "B200": 2250,
+}  # fmt: skip
 CLIP, LR, BETAS, EPS, DECAY = 1.0, 6e-5, (0.9, 0.95), 1e-8, 0.1
 
 
@@ -107,6 +111,8 @@ def transformers(sizes: Sizes, device: torch.device, variant: str, smoke: bool) 
     """GPT2LMHeadModel in bf16 with SDPA and torch's fused AdamW; its own loss, or Liger-Kernel's fused one."""
     if variant == "compile" and smoke:
         raise NotImplementedError("a smoke run compiles nothing")
+    if variant == "liger":
+        import liger_kernel  # noqa: F401  # before a model is made for it
     from transformers import AutoModelForCausalLM, GPT2Config
     from transformers import __version__ as version
 
@@ -214,11 +220,24 @@ def run_here(name: str, options: argparse.Namespace, sizes: Sizes) -> dict[str, 
     return told
 
 
-def run_apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_fitting(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one implementation, at half the micro-batch as often as memory is too small."""
+    sequences = options.sequences
+    while True:
+        told = run_apart(name, options, sequences)
+        if sequences < options.sequences:
+            told["note"] = f"{sequences} sequences, more do not fit; {told['note']}"
+        if "OutOfMemoryError" not in told["note"] or sequences == 1:
+            return told
+        sequences //= 2
+
+
+def run_apart(name: str, options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     """Measure one implementation in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         file = Path(folder) / "step.json"
         command = [sys.executable, __file__, *sys.argv[1:], "--here", name, "--json", str(file)]
+        command += ["--micro-batch", str(sequences)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
         except subprocess.TimeoutExpired:
@@ -249,10 +268,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--sequences", type=int, default=8, help="sequences in the micro-batch")
+    parser.add_argument("--micro-batch", type=int, default=8, dest="sequences", help="sequences, all in one pass")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--backend", nargs="*", default=[], metavar="KEY=NAME", help="megapoly's, e.g. loss=triton")
-    parser.add_argument("--timeout", type=float, default=1200, help="seconds that one implementation may take")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds that one implementation may take")
     parser.add_argument("--here", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not is_runnable(options.smoke):
@@ -265,13 +284,19 @@ def main() -> int:
         return 0
     head = environment(options.smoke)
     print(f"{sizes} on {head['gpu']}, torch {head['torch']}{'; a smoke run measures nothing' * options.smoke}")
-    workers = ThreadPoolExecutor(2 if options.smoke else 1)  # what is measured runs alone
-    results = list(workers.map(lambda name: run_apart(name, options), options.only))
-    print(table(results))
-    print("MFU counts 6 (12 L h^2 + V h) + 12 L h s FLOPs a token, causal counts half of the last term")
     path = options.json or (None if options.smoke else default_path(head["gpu"], "-step"))
+    workers = ThreadPoolExecutor(2)
+    results: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    apply = workers.map if options.smoke else map  # in this thread a signal ends the process that is measured too
+    for told in apply(lambda name: run_fitting(name, options), options.only):
+        results.append(told)
+        print(table(results[-1:]), flush=True)
+        if path is not None:  # each time: what was measured survives if this is killed
+            write_json(path, {**head, "model": asdict(sizes), "steps": results})
+    print(f"\n{table(results)}")
+    print("MFU counts 6 (12 L h^2 + V h) + 12 L h s FLOPs a token, causal counts half of the last term")
     if path is not None:
-        write_json(path, {**head, "model": asdict(sizes), "steps": results})
         print(f"wrote {path}")
     return 0
 

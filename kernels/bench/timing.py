@@ -1,9 +1,11 @@
 """Where things are timed and how.
 
-Times are medians of CUDA-event timings after warm-up. Calls below 300 us are captured in a CUDA graph and timed as its
-replays, so that the kernels are timed and not the host that launches them.
+Times are medians of CUDA events around batches of calls. Before each batch the GPU is kept busy for as long as the host
+needs to queue it, so that the kernels are timed and not the host that launches them. CUDA graphs would do that too, but
+a capture that fails can leave the process unable to go on.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GRAPH_BELOW_MS = 0.3
+BATCH_MS, BATCH_CALLS = 3.0, 20  # a batch is at least so long, if so many calls are enough for it
+PROBE_MS = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,41 +54,62 @@ class Machine:
         return torch.randint(0, below, (count,), generator=generator, device=self.device)
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], machine: Machine, is_capturable: bool = True) -> tuple[float, str]:
-    """Median milliseconds of a call and the timer (`events`, `graph`, or `cpu`); calls come in turn.
+def time_calls(calls: Sequence[Callable[[], Any]], machine: Machine) -> tuple[float, str]:
+    """Median milliseconds of a call and the timer; calls come in turn, so that inputs rotate through memory.
 
-    Results stay alive until their call comes again, so that outputs rotate through memory as inputs do.
+    The timer is `events`, `waits` where a call waits for the GPU itself, which no queue hides, or `cpu`. Results stay
+    alive until their call comes again, so that outputs rotate as well.
     """
-    kept: list[Any] = [None] * len(calls)
     if machine.device.type == "cpu":
         return _time_on_cpu(calls), "cpu"
-    for i in range(max(3, len(calls))):
-        if len(calls) == 1:
-            kept[0] = None  # beyond the cache by itself, and perhaps too large to be held twice
-        kept[i % len(calls)] = calls[i % len(calls)]()
-    kept[0] = None
+    kept: list[Any] = [None] * len(calls)
+    turn = itertools.count()
+
+    def batch(count: int) -> None:
+        for i in itertools.islice(turn, count):
+            at = i % len(calls)
+            if len(calls) == 1:
+                kept[at] = None  # beyond the cache by itself, and perhaps too large to be held twice
+            kept[at] = calls[at]()
+
+    batch(max(3, len(calls)))
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    kept[0] = calls[0]()
+    batch(2)
     torch.cuda.synchronize()
-    repetitions = min(100, max(7, int(0.2 / max(time.perf_counter() - begin, 1e-6))))
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
-    for i, (start, end) in enumerate(marks):
-        if len(calls) == 1:
-            kept[0] = None
+    about = max(500 * (time.perf_counter() - begin), 1e-3)  # milliseconds of a call, the host included
+    count = max(1, min(BATCH_CALLS, math.ceil(BATCH_MS / about)))
+    lead = _host_milliseconds(partial(batch, count))
+    if lead >= 0.8 * PROBE_MS:  # once more: it may have waited for memory
+        lead = _host_milliseconds(partial(batch, count))
+    is_hidden = lead < 0.8 * PROBE_MS
+    marks = []
+    for _ in range(max(3, min(15, int(150 / (count * about))))):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if is_hidden:
+            _keep_busy(2 * lead + 0.2)
         start.record()
-        kept[i % len(calls)] = calls[i % len(calls)]()
+        batch(count)
         end.record()
+        marks.append((start, end))
     torch.cuda.synchronize()
-    milliseconds = statistics.median(start.elapsed_time(end) for start, end in marks)
-    if milliseconds >= GRAPH_BELOW_MS or not is_capturable:
-        return milliseconds, "events"
-    kept.clear()
-    try:
-        return _time_graph(calls), "graph"
-    except RuntimeError:  # it waits for the GPU, which no capture allows
-        torch.cuda.synchronize()
-        return milliseconds, "events"
+    milliseconds = statistics.median(start.elapsed_time(end) for start, end in marks) / count
+    return milliseconds, "events" if is_hidden else "waits"
+
+
+def _keep_busy(milliseconds: float) -> None:
+    """Queue a kernel that does nothing for so long at 2 GHz, the highest clock there is; at lower ones longer."""
+    torch.cuda._sleep(int(2e6 * milliseconds))
+
+
+def _host_milliseconds(batch: Callable[[], None]) -> float:
+    """How long the host takes to queue a batch while the GPU is busy; PROBE_MS or more where it waits for the GPU."""
+    _keep_busy(PROBE_MS)
+    begin = time.perf_counter()
+    batch()
+    taken = 1e3 * (time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return taken
 
 
 def _time_on_cpu(calls: Sequence[Callable[[], Any]]) -> float:
@@ -95,26 +119,6 @@ def _time_on_cpu(calls: Sequence[Callable[[], Any]]) -> float:
         calls[i % len(calls)]()
         seconds.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(seconds)
-
-
-def _time_graph(calls: Sequence[Callable[[], Any]]) -> float:
-    rounds = math.ceil(20 / len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        kept = []
-        for _ in range(rounds):
-            kept = [call() for call in calls]
-    milliseconds = []
-    for i in range(13):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            milliseconds.append(start.elapsed_time(end))
-    del kept
-    return statistics.median(milliseconds) / (rounds * len(calls))
 
 
 def measured_copy(machine: Machine) -> float:

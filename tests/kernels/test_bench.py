@@ -15,9 +15,12 @@ sys.path.append(str(BENCH))
 import attention  # noqa: E402
 import formulas  # noqa: E402
 import harness  # noqa: E402
+import journal  # noqa: E402
 import record  # noqa: E402
 import results  # noqa: E402
+import run as run_all  # noqa: E402
 import step  # noqa: E402
+import tune_attention  # noqa: E402
 from results import Row, Target  # noqa: E402
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without a GPU")
@@ -205,6 +208,62 @@ def test_compiled_peers_can_be_differentiated_repeatedly() -> None:
     assert torch.equal(first, second)
 
 
+# ------------------------------------------------------------------------------------- what hangs or loses the GPU
+
+
+def test_a_restart_leaves_out_what_is_known_and_what_ended_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = case([contestant(lambda x: x * x, name) for name in "abc"], directions=("forward",))
+    first = journal.Journal(tmp_path / "part.json", "op", HEAD)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(harness, "_free", lambda machine: 1 / 0)
+        harness.measure_case(some, CPU, first)
+    with first.measuring([Row("square", "4 x 8", "forward", "b")], 0):  # the process ends here
+        pass
+    a, b, c = harness.measure_case(some, CPU, journal.Journal(tmp_path / "part.json", "op", HEAD, resume=True))
+    assert a.ms == first.rows[0].ms and b.note.startswith("did not finish") and b.ms is None and c.ms and a.ratio
+
+
+FAKE = """
+import json, os, signal, sys
+file = sys.argv[sys.argv.index("--json") + 1]
+rows = json.load(open(file))["rows"] if os.path.exists(file) else []
+rows.append(dict(operation="op", shape="s", direction="forward", implementation=str(len(rows)), ms=1.0))
+json.dump({"operations": {"NAME": {"failed": None}}, "rows": rows}, open(file, "w"))
+"""
+FATES = ("sys.exit(3 * (len(rows) < 3))", "signal.pause()", "os.remove(file); sys.exit('trouble')")
+
+
+def test_run_starts_a_script_again_while_it_comes_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_all, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.setattr(run_all, "LEAST", 0.1)
+    options = run_all.argparse.Namespace(limit=9.0, smoke=True, quick=False, timeout=1.5)
+    collected = run_all.Collected(tmp_path / "all.json", HEAD)
+    for name, fate in zip(("lost", "stuck", "broken"), FATES, strict=True):
+        (tmp_path / f"{name}.py").write_text(FAKE.replace("NAME", name) + fate)
+        run_all.run_one(name, tmp_path, collected, options, deadline=1e12)
+    run_all.run_one("late", tmp_path, collected, options, deadline=0.0)
+    document = json.loads((tmp_path / "all.json").read_text())
+    failed = [told["failed"] for told in document["operations"].values()]
+    assert failed == [None, "not finished in its time", "exit status 1: trouble", "no time was left for it"]
+    assert [r["operation"] for r in document["rows"]] == ["op", "op", "op", "op", "stuck", "broken", "late"]
+
+
+def test_quick_keeps_targets_and_compiles_once() -> None:
+    both = [contestant(lambda x: x * x, name) for name in ("torch.compile", "peer")]
+    aimed = case(both, targets={"forward": [Target("percent", 85)]})
+    kept = harness.selected([case(both), aimed, aimed], quick=True)
+    assert [[c.name for c in some.contestants] for some in kept] == [["torch.compile", "peer"], ["peer"]]
+
+
+@pytest.mark.parametrize("kernel", tune_attention.KERNELS)
+def test_tiles_are_replaced_for_one_kernel(kernel: str) -> None:
+    own, some = tune_attention.own_tiles, tune_attention.candidates(kernel, 90, 128)
+    before = {name: own(name, 90, 128) for name in tune_attention.KERNELS}
+    assert some[0] == before[kernel] and 20 < len(some) == len(set(some))
+    with tune_attention.only(kernel, some[-1]):  # and no other kernel's
+        assert {name: own(name, 90, 128) for name in before} == before | {kernel: some[-1]}
+
+
 # ------------------------------------------------------------------------------------------------------------- record
 
 
@@ -264,7 +323,7 @@ def test_a_smoke_result_is_not_kept_among_the_results() -> None:
 
 
 @NO_GPU
-@pytest.mark.parametrize("script", ["run.py", "step.py"])
+@pytest.mark.parametrize("script", ["run.py", "step.py", "tune_attention.py"])
 def test_without_a_gpu_one_line_and_status_2(script: str) -> None:
     done = run(script)
     assert done.returncode == 2 and done.stderr == ""
