@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "plot": ["matplotlib>=3.9"],
+        "test": ["hypothesis", "matplotlib>=3.9", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
 )

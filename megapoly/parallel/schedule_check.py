@@ -1,0 +1,256 @@
+"""Proof that a schedule runs: every pass once, in order, without deadlock, memory and bubble as published.
+
+Every check raises InvalidSchedule with the first rank and action that break it.
+"""
+
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from megapoly.parallel.schedule import Action, Placement, check_arguments, group_sizes, placement_for, schedule_for
+from megapoly.parallel.timeline import (
+    Costs,
+    Exchanges,
+    InvalidSchedule,
+    Lists,
+    Message,
+    Timeline,
+    Transfer,
+    name_of,
+    planned,
+    simulate,
+)
+
+# How long a rank stays in an exchange, every send being a rendezvous (done when its receive has been posted):
+# "executor": until the receives are done, and the oldest sends if more than 2 x stages are open (Pipeline._exchange);
+# "batch":    until all are done, posted together (NCCL, whose batches follow each other on one stream);
+# "blocking": each transfer until it is done, one by one in the order listed.
+Manner = Literal["executor", "batch", "blocking"]
+MANNERS: tuple[Manner, ...] = ("executor", "batch", "blocking")
+MOST_HELD = 2
+AGAINST = {"F": "F", "B": "BIW", "I": "BI", "W": "BW"}  # what an action must not come after
+
+
+class Report(NamedTuple):
+    """What is known of a schedule that has passed: activations in flight are counted in passes through a chunk."""
+
+    timeline: Timeline
+    peaks: list[int]
+    bubble_formula: float | None
+    formula: str
+
+
+def check_schedule(name: str, stages: int, chunks: int, microbatches: int, costs: Costs | None = None) -> Report:
+    """Prove the lists of a schedule; ScheduleError where it does not exist for these numbers."""
+    check_arguments(name, stages, chunks, microbatches)
+    costs = costs or Costs()
+    lists = [schedule_for(name, rank, stages, chunks, microbatches) for rank in range(stages)]
+    timeline = check_lists(lists, placement_for(name, stages, chunks), microbatches, costs)
+    for rank, actions in enumerate(lists):
+        check_peak(actions, rank, expected_peak(name, rank, stages, chunks, microbatches))
+    formula, bubble = expected_bubble(name, stages, chunks, microbatches, costs)
+    if bubble is not None and abs(timeline.bubble - bubble) > 1e-9 * timeline.makespan:
+        last = max(range(stages), key=lambda rank: timeline.ranks[rank][-1].end)
+        problem = f"the bubble is {timeline.bubble:g}, not {formula} = {bubble:g}"
+        raise InvalidSchedule(last, len(lists[last]) - 1, name_of(lists[last][-1]), problem)
+    return Report(timeline, [peak(actions) for actions in lists], bubble, formula)
+
+
+def check_lists(lists: Lists, placement: Placement, microbatches: int, costs: Costs | None = None) -> Timeline:
+    """Prove any lists: complete, in order, free of deadlock even where all transfers block, few buffers."""
+    for rank, actions in enumerate(lists):
+        check_complete(actions, rank, placement.chunks, microbatches)
+    timeline = simulate(lists, placement, costs)
+    exchanges = planned(lists, placement)
+    for manner in MANNERS:
+        check_exchanges(exchanges, lists, manner)
+    for rank, (gaps, actions) in enumerate(zip(exchanges, lists, strict=True)):
+        if (buffers := held(gaps, actions)) > MOST_HELD * placement.stages:
+            problem = f"{buffers} received messages wait, more than {MOST_HELD} x stages ({placement.stages})"
+            raise InvalidSchedule(rank, len(actions), "the list", problem)
+    return timeline
+
+
+def check_complete(actions: Sequence[Action], rank: int, chunks: int, microbatches: int) -> None:
+    """Each (chunk, micro-batch) has one forward, then either one B or one I and later one W."""
+    done: set[tuple[str, int, int]] = set()
+
+    def seen(action: Action, kinds: str) -> bool:
+        return any((kind, *action[1:]) in done for kind in kinds)
+
+    for position, action in enumerate(actions):
+        problem = ""
+        if action.kind not in AGAINST:
+            problem = f"the kind is none of {', '.join(AGAINST)}"
+        elif not (0 <= action.microbatch < microbatches and 0 <= action.chunk < chunks):
+            problem = f"there are {microbatches} micro-batches and {chunks} chunks, counted from 0"
+        elif seen(action, AGAINST[action.kind]):
+            problem = "comes twice"
+        elif action.kind in "BI" and not seen(action, "F"):
+            problem = "comes before its forward"
+        elif action.kind == "W" and not seen(action, "I"):
+            problem = "comes before its input gradient (I)"
+        if problem:
+            raise InvalidSchedule(rank, position, name_of(action), problem)
+        done.add(action)
+    for action in (Action("F", i, chunk) for i in range(microbatches) for chunk in range(chunks)):
+        for kinds in ("F", "BI", "BW"):
+            if not seen(action, kinds):
+                missing = f"{' or '.join(kinds)}{name_of(action)[1:]}"
+                raise InvalidSchedule(rank, len(actions), missing, "is missing")
+
+
+def check_exchanges(exchanges: Exchanges, lists: Lists, manner: Manner) -> None:
+    """Run the exchanges with rendezvous between ranks: no deadlock, and each receive gets the message it expects.
+
+    Messages from one rank to another are matched in the order posted, without tags.
+    """
+    walks = [_Walk(gaps, manner, 2 * len(exchanges)) for gaps in exchanges]
+    posted: Posted = defaultdict(list)
+    while any([walk.advance(posted) for walk in walks]):
+        for rank, walk in enumerate(walks):
+            if walk.mismatch is not None:
+                expected, found = walk.mismatch
+                problem = f"takes {expected}, but the other end has {found} in that place"
+                raise InvalidSchedule(rank, walk.gap, _what(lists[rank], walk.gap), problem)
+    for rank, walk in enumerate(walks):
+        if walk.waits:
+            chain = [rank]
+            while (peer := walks[chain[-1]].peer()) is not None and chain.count(peer) < 1:
+                chain.append(peer)
+            transfer = walk.waits[0][0]
+            ring = " -> ".join(map(str, chain if peer is None else [*chain, peer]))
+            problem = f"deadlock: waits to {'send' if transfer.sends else 'receive'} {transfer.message}; ranks {ring}"
+            raise InvalidSchedule(rank, walk.gap, _what(lists[rank], walk.gap), problem)
+
+
+def held(gaps: list[list[Transfer]], actions: Sequence[Action]) -> int:
+    """Most messages that a rank has received and not yet used: its buffers."""
+    used = {("F" if kind == "F" else "B", chunk, i): at for at, (kind, i, chunk) in enumerate(actions) if kind != "W"}
+    change = [0] * (len(gaps) + 1)
+    for gap, transfers in enumerate(gaps):
+        for sends, message in transfers:
+            if not sends:
+                change[gap] += 1
+                change[used[message.kind, message.chunk, message.microbatch] + 1] -= 1
+    return max(itertools.accumulate(change))
+
+
+Posted = defaultdict[tuple[bool, int, int], list[Message]]  # (whether sends, source, target) -> in the order posted
+
+
+class _Walk:
+    """A rank on its way through its exchanges."""
+
+    def __init__(self, gaps: list[list[Transfer]], manner: Manner, most_open: int) -> None:
+        self.manner, self.most_open = manner, most_open
+        self.steps: list[tuple[int, list[Transfer]]] = []
+        for gap, transfers in enumerate(gaps):
+            self.steps += [(gap, [t]) for t in transfers] if manner == "blocking" else [(gap, transfers)]
+        self.place = self.gap = 0
+        self.waits: list[tuple[Transfer, int]] = []  # with their numbers in the order posted
+        self.open: deque[tuple[Transfer, int]] = deque()
+        self.mismatch: tuple[Message, Message] | None = None
+
+    def advance(self, posted: Posted) -> bool:
+        """Go on as far as can be; False: not a step."""
+        moved = False
+        while True:
+            self.waits = [wait for wait in self.waits if not self._met(*wait, posted)]
+            if self.waits or self.mismatch is not None:
+                return moved or self.mismatch is not None
+            if self.place == len(self.steps):
+                self.waits += self.open
+                self.open.clear()
+                if not self.waits:
+                    return moved
+                continue
+            self.gap, transfers = self.steps[self.place]
+            for transfer in transfers:
+                own = posted[transfer.sends, transfer.message.source, transfer.message.target]
+                pending = self.open if transfer.sends and self.manner == "executor" else self.waits
+                pending.append((transfer, len(own)))
+                own.append(transfer.message)
+            while len(self.open) > self.most_open:
+                self.waits.append(self.open.popleft())
+            self.place += 1
+            moved = True
+
+    def _met(self, transfer: Transfer, number: int, posted: Posted) -> bool:
+        other = posted[not transfer.sends, transfer.message.source, transfer.message.target]
+        if number >= len(other):
+            return False
+        if other[number] != transfer.message:
+            self.mismatch = transfer.message, other[number]
+        return True
+
+    def peer(self) -> int | None:
+        """The rank that this one waits for."""
+        if not self.waits:
+            return None
+        sends, message = self.waits[0][0]
+        return message.target if sends else message.source
+
+
+def _what(actions: Sequence[Action], gap: int) -> str:
+    return f"before {name_of(actions[gap])}" if gap < len(actions) else "after the last"
+
+
+def peak(actions: Sequence[Action]) -> int:
+    """Most passes through a chunk in flight: forwards whose B or W is not yet done."""
+    counts = itertools.accumulate(1 if a.kind == "F" else -(a.kind in "BW") for a in actions)
+    return max(counts, default=0)
+
+
+def check_peak(actions: Sequence[Action], rank: int, expected: int) -> None:
+    """The peak of a rank is the one expected."""
+    in_flight = 0
+    for position, action in enumerate(actions):
+        in_flight += 1 if action.kind == "F" else -(action.kind in "BW")
+        if in_flight > expected:
+            raise InvalidSchedule(rank, position, name_of(action), f"{in_flight} are in flight, above {expected}")
+    if (most := peak(actions)) != expected:
+        raise InvalidSchedule(rank, len(actions), "the list", f"at most {most} are in flight, not {expected}")
+
+
+def expected_peak(name: str, rank: int, stages: int, chunks: int, microbatches: int) -> int:
+    """Most passes in flight on a rank, from the papers; for fewer micro-batches than fill the pipeline, by our count.
+
+    ZB-H1: arXiv 2401.10241 section 2.1 (`stages` on every rank); ZB-V: section 6 (`stages` of two chunks each).
+    """
+    if name == "gpipe":
+        return microbatches
+    if name == "zb-h1":
+        return min(microbatches, stages)
+    if name == "zb-v":
+        return min(2 * microbatches, microbatches + 1 + rank, 2 * stages)
+    if name == "1f1b" or chunks == 1:
+        return min(microbatches, stages - rank)
+    warm_up = 2 * (stages - 1 - rank) + (chunks - 1) * group_sizes(stages, microbatches)[0]
+    return min(microbatches * chunks, warm_up + 1)
+
+
+def expected_bubble(name: str, stages: int, chunks: int, microbatches: int, costs: Costs) -> tuple[str, float | None]:
+    """The published bubble, as a formula and a number, or why there is none (then the simulated one is what is known).
+
+    GPipe, 1F1B, interleaved: arXiv 2104.04473 section 2.2; ZB-H1, ZB-V: arXiv 2401.10241 table 2 and section 6.
+    """
+    forward, input_grad, weight_grad = costs[:3]
+    if stages == 1:
+        return "0", 0.0
+    if costs.latency or costs.shares:
+        return "none for uneven stages or with latency", None
+    if name in ("gpipe", "1f1b") or (chunks == 1 and name == "interleaved"):
+        return "(p-1)(F+I+W)", (stages - 1) * costs.whole
+    if name != "gpipe" and microbatches < stages:
+        return "none for fewer micro-batches than stages", None
+    if name == "interleaved":
+        return "(p-1)(F+I+W)/v", (stages - 1) * costs.whole / chunks
+    if name == "zb-h1":
+        if weight_grad > forward:
+            return "none for W > F", None
+        return "(p-1)(F+I-W)", (stages - 1) * (forward + input_grad - weight_grad)
+    if microbatches < 2 * stages - 1 or not forward == input_grad == weight_grad:
+        return "none unless F = I = W and m >= 2p-1", None
+    return "0", 0.0

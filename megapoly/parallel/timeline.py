@@ -1,0 +1,256 @@
+"""When the actions of a schedule happen: simulation, the exchanges between actions, and a drawing as text or PNG."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from megapoly.errors import ConfigError
+from megapoly.parallel.schedule import Action, Placement
+
+Lists = Sequence[Sequence[Action]]  # the actions of each rank
+WIDEST_ROW = 20_000  # characters
+COLOURS = {"F": "#4c78a8", "B": "#f58518", "I": "#54a24b", "W": "#b279a2"}
+
+
+class InvalidSchedule(ValueError):
+    """Lists of actions that cannot run; the message names the first offending rank and action."""
+
+    def __init__(self, rank: int, position: int, what: str, problem: str) -> None:
+        super().__init__(f"rank {rank}, action {position} ({what}): {problem}")
+        self.rank, self.position = rank, position
+
+
+class Costs(NamedTuple):
+    """Time of a rank's forward, input gradient and weight gradient of one micro-batch, all its chunks together.
+
+    `shares` are the parts of it that each global stage takes, where they are not even (1 / chunks each).
+    `latency` passes between the end of an action and the arrival of what it made on another rank.
+    """
+
+    forward: float = 1.0
+    input_grad: float = 1.0
+    weight_grad: float = 1.0
+    latency: float = 0.0
+    shares: tuple[float, ...] = ()
+
+    @property
+    def whole(self) -> float:
+        """Time of one micro-batch on a rank."""
+        return self.forward + self.input_grad + self.weight_grad
+
+    def of(self, action: Action, stage: int, chunks: int) -> float:
+        """Time of an action on a global stage."""
+        backward = self.input_grad + self.weight_grad
+        cost = {"F": self.forward, "B": backward, "I": self.input_grad, "W": self.weight_grad}[action.kind]
+        return cost * self.shares[stage] if self.shares else cost / chunks
+
+
+class Event(NamedTuple):
+    """An action with its time."""
+
+    action: Action
+    start: float
+    end: float
+
+
+class Timeline(NamedTuple):
+    """The events of each rank."""
+
+    ranks: list[list[Event]]
+
+    @property
+    def makespan(self) -> float:
+        """Time from the first start to the last end."""
+        return max(events[-1].end for events in self.ranks)
+
+    @property
+    def busy(self) -> list[float]:
+        """Time that each rank computes."""
+        return [sum(end - start for _, start, end in events) for events in self.ranks]
+
+    @property
+    def bubble(self) -> float:
+        """Longest time from a rank's first start to its last end, less the most work (Qi et al. 2024, section 5.3)."""
+        return max(events[-1].end - events[0].start for events in self.ranks) - max(self.busy)
+
+    @property
+    def idle_share(self) -> float:
+        """Part of ranks x makespan in which nothing is computed."""
+        return 1 - sum(self.busy) / (len(self.ranks) * self.makespan)
+
+
+class Message(NamedTuple):
+    """Activations (for an 'F') or gradients (for a 'B') on their way to a chunk of another rank."""
+
+    source: int
+    target: int
+    kind: str
+    chunk: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        what = "activations" if self.kind == "F" else "gradients"
+        return f"{what} of micro-batch {self.microbatch} from rank {self.source} to chunk {self.chunk} of {self.target}"
+
+
+class Transfer(NamedTuple):
+    """One end of a message: the source's (`sends`) or the target's."""
+
+    sends: bool
+    message: Message
+
+
+# What each rank sends and receives before each of its actions and after the last.
+Exchanges = list[list[list[Transfer]]]
+
+
+def simulate(lists: Lists, placement: Placement, costs: Costs | None = None) -> Timeline:
+    """Run all ranks side by side, each action as soon as its rank is free and what it takes has come.
+
+    InvalidSchedule where ranks wait for ever.
+    """
+    costs = costs or Costs()
+
+    def cost(rank: int, action: Action) -> float:
+        return costs.of(action, placement.stage_of(rank, action.chunk), placement.chunks)
+
+    return _simulate(lists, placement, cost, costs.latency)
+
+
+def _simulate(
+    lists: Lists, placement: Placement, cost: Callable[[int, Action], float], latency: float = 0.0
+) -> Timeline:
+    made: dict[tuple[int, int, bool, int], float] = {}  # rank, chunk, whether forward, micro-batch -> when
+    events: list[list[Event]] = [[] for _ in lists]
+    clocks = [0.0] * len(lists)
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(lists):
+            while len(events[rank]) < len(actions):
+                kind, microbatch, chunk = action = actions[len(events[rank])]
+                start = clocks[rank]
+                if (source := placement.source(rank, action)) is not None:
+                    at = made.get((*source, kind == "F", microbatch))
+                    if at is None:
+                        break
+                    start = max(start, at + (latency if source[0] != rank else 0.0))
+                clocks[rank] = start + cost(rank, action)
+                events[rank].append(Event(action, start, clocks[rank]))
+                if kind != "W":
+                    made[rank, chunk, kind == "F", microbatch] = clocks[rank]
+                moved = True
+    for rank, actions in enumerate(lists):
+        if (position := len(events[rank])) < len(actions):
+            action = actions[position]
+            source = placement.source(rank, action)
+            problem = f"waits for ever for what rank {source and source[0]} makes"
+            raise InvalidSchedule(rank, position, name_of(action), problem)
+    return Timeline(events)
+
+
+def just_in_time(lists: Lists, placement: Placement) -> Exchanges:
+    """Exchanges as Pipeline._exchange makes them: send what was just made, receive what comes next."""
+    exchanges: Exchanges = []
+    for rank, actions in enumerate(lists):
+        gaps: list[list[Transfer]] = [[] for _ in range(len(actions) + 1)]
+        for position, action in enumerate(actions):
+            if (sent := _sent(rank, action, placement)) is not None:
+                gaps[position + 1].append(Transfer(True, sent))
+            source = placement.source(rank, action)
+            if source is not None and source[0] != rank:
+                kind = "F" if action.kind == "F" else "B"
+                gaps[position].append(Transfer(False, Message(source[0], rank, kind, action.chunk, action.microbatch)))
+        exchanges.append(gaps)
+    return exchanges
+
+
+def planned(lists: Lists, placement: Placement) -> Exchanges:
+    """Exchanges that cannot deadlock even if every send and receive blocks until its other end is there.
+
+    Give every action one slot of time, and a rank's first one to follow: at the instant at which a message is made its
+    target, too, stands between two actions, and receives it there. Ordered by instant and source, the messages are in
+    one order on all ranks, so that the first unfinished one always has both ends ready; messages of a pair of ranks
+    are received in the order of their sends, as NCCL, which knows no tags, needs it.
+    """
+    slots = _simulate(lists, placement, lambda rank, action: 1)
+    messages = []
+    for rank, events in enumerate(slots.ranks):
+        for position, (action, _, end) in enumerate(events):
+            if (message := _sent(rank, action, placement)) is not None:
+                messages.append((end, rank, position + 1, message))
+    exchanges: Exchanges = [[[] for _ in range(len(actions) + 1)] for actions in lists]
+    gaps = [0] * len(lists)
+    for end, rank, gap, message in sorted(messages):
+        exchanges[rank][gap].append(Transfer(True, message))
+        target, events = message.target, slots.ranks[message.target]
+        while gaps[target] < len(events) and events[gaps[target]].start < end:
+            gaps[target] += 1
+        exchanges[target][gaps[target]].append(Transfer(False, message))
+    return exchanges
+
+
+def _sent(rank: int, action: Action, placement: Placement) -> Message | None:
+    """The message that an action ends in."""
+    target = placement.target(rank, action)
+    if target is None or target[0] == rank:
+        return None
+    return Message(rank, target[0], "F" if action.kind == "F" else "B", target[1], action.microbatch)
+
+
+def name_of(action: Action) -> str:
+    """An action in words."""
+    return f"{action.kind} of micro-batch {action.microbatch}, chunk {action.chunk}"
+
+
+def draw_text(timeline: Timeline) -> str:
+    """One row a rank, time to the right: kind, micro-batch and, of several, the chunk as a letter; idle: dots."""
+    chunks = max(event.action.chunk for events in timeline.ranks for event in events) + 1
+    label = {event.action: _label(event.action, chunks) for events in timeline.ranks for event in events}
+    shortest = min(end - start for events in timeline.ranks for _, start, end in events)
+    scale = min((max(map(len, label.values())) + 1) / shortest, WIDEST_ROW / timeline.makespan)
+    rows = []
+    for rank, events in enumerate(timeline.ranks):
+        row = ["."] * round(timeline.makespan * scale)
+        for action, start, end in events:
+            begin, width = round(start * scale), round(end * scale) - round(start * scale)
+            row[begin : begin + width] = (label[action][: width - 1].ljust(width - 1, "-") + " ")[:width]
+        rows.append(f"rank {rank:>{len(str(len(timeline.ranks) - 1))}} |{''.join(row)}|")
+    return "\n".join(rows)
+
+
+def _label(action: Action, chunks: int) -> str:
+    letter = chr(ord("a") + action.chunk % 26) if chunks > 1 else ""
+    return f"{action.kind}{action.microbatch}{letter}"
+
+
+def draw_png(timeline: Timeline, title: str, path: str) -> None:
+    """The same as a picture; the chunks of a rank are shades of a colour."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise ConfigError(f"{path}: drawing needs matplotlib; pip install matplotlib") from None
+    ranks = len(timeline.ranks)
+    chunks = max(event.action.chunk for events in timeline.ranks for event in events) + 1
+    numbered = max(map(len, timeline.ranks)) <= 150
+    figure = Figure(figsize=(16, 1.2 + 0.45 * min(ranks, 64)), layout="constrained")
+    axes = figure.add_subplot()
+    for rank, events in enumerate(timeline.ranks):
+        for kind, colour in COLOURS.items():
+            for chunk in range(chunks):
+                bars = [(s, e - s) for (k, _, c), s, e in events if (k, c) == (kind, chunk)]
+                axes.broken_barh(
+                    bars, (rank - 0.45, 0.9), facecolors=colour, alpha=1 - 0.6 * chunk / chunks,
+                    edgecolor="white", linewidth=0.4 if numbered else 0.0,
+                )  # fmt: skip
+        for action, start, end in events if numbered else ():
+            axes.text((start + end) / 2, rank, str(action.microbatch), ha="center", va="center", fontsize=6)
+    for kind in sorted({event.action.kind for events in timeline.ranks for event in events}, key="FBIW".index):
+        axes.broken_barh([], (0, 0), facecolors=COLOURS[kind], label=kind)
+    axes.set(xlim=(0, timeline.makespan), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
