@@ -178,6 +178,7 @@ CASES += [
         _spills(80, 56, 96, 0),
     ),
     Case("rotary_attention 64", lambda: _attention(64, 64)),
+    Case("rotary_attention 32, learned positions", lambda: _attention(32, 0), _spills(0, 16, 0, 0)),
     Case("rotary_attention 80", lambda: _attention(80, 80), _spills(80, 16, 0, 16)),
     Case("rotary_attention 256, 64 turned", lambda: _attention(256, 64), _spills(104, 0, 88, 0)),
     Case(
