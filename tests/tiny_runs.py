@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from ranks import assemble
 
+from megapoly.checkpoint.state import pieces
 from megapoly.config import SECTIONS, Config, ModelConfig, build
 from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
@@ -41,6 +44,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "untie_embeddings_and_output_weights": True,
     },
 }
+
+
+def keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
+    """A dictionary that the run's first reduction fills with the whole gradients, by name."""
+    gradients: dict[str, torch.Tensor] = {}
+    reduce = run.buffers.reduce
+
+    def reduce_and_keep() -> torch.Tensor:
+        owned = reduce()
+        if not gradients:
+            gradients.update(assemble(pieces(run.buffers, {"grad": owned}, for_saving=True)))
+        return owned
+
+    run.buffers.reduce = reduce_and_keep
+    return gradients
 
 
 def write_tokens(prefix: Path, num_tokens: int, seed: int, vocab: int = VOCAB) -> None:

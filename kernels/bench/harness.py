@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from journal import LOST, GpuLost, Journal
-from results import Row, Target, add_ratios, environment, first_line, table, target_table
+from results import LeftOut, Row, Target, add_ratios, environment, first_line, table, target_table
 from timing import Machine, this_machine, time_calls
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def by_autograd(function: Callable[..., Sequence[Tensor] | Tensor]) -> Callable[
 def compiled(function: Callable[..., Any], machine: Machine) -> Callable[..., Any]:
     """torch.compile of a function for one shape, whose backward can be called again."""
     if machine.smoke:
-        raise NotImplementedError("a smoke run compiles nothing")
+        raise LeftOut("a smoke run compiles nothing")
     return compile_for_backward(function, "inductor")
 
 

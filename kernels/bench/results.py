@@ -100,6 +100,10 @@ def add_ratios(rows: Sequence[Row]) -> None:
             row.ratio = peer / row.ms
 
 
+class LeftOut(Exception):
+    """An implementation that is not measured on purpose; the reason becomes its row's note."""
+
+
 def first_line(error: BaseException) -> str:
     """An exception as a note of one line."""
     lines = str(error).strip().splitlines()

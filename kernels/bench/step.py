@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from formulas import step_flops_per_token
 from harness import NO_GPU, arguments, is_runnable
-from results import default_path, environment, first_line, write_json
+from results import LeftOut, default_path, environment, first_line, write_json
 from torch import Tensor
 
 IMPLEMENTATIONS = ("megapoly", "transformers eager", "transformers compile", "transformers liger")
@@ -110,7 +110,7 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
 def transformers(sizes: Sizes, device: torch.device, variant: str, smoke: bool) -> Stepper:
     """GPT2LMHeadModel in bf16 with SDPA and torch's fused AdamW; its own loss, or Liger-Kernel's fused one."""
     if variant == "compile" and smoke:
-        raise NotImplementedError("a smoke run compiles nothing")
+        raise LeftOut("a smoke run compiles nothing")
     if variant == "liger":
         import liger_kernel  # noqa: F401  # before a model is made for it
     from transformers import AutoModelForCausalLM, GPT2Config

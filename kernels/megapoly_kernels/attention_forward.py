@@ -183,6 +183,12 @@ def source_of(x_TF: Tensor, rows: int, head_dim: int, tma: bool) -> Tensor | Ten
     return TensorDescriptor.from_tensor(x_TF, [rows, head_dim]) if tma else x_TF
 
 
+def empty_outputs(qkv_TF: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Room for the output, [tokens, heads, head_dim], and the log-sum-exp, fp32 [heads, tokens]."""
+    tokens = qkv_TF.shape[0]
+    return qkv_TF.new_empty((tokens, heads, head_dim)), qkv_TF.new_empty((heads, tokens), dtype=torch.float32)
+
+
 def launch_forward(
     qkv_TF: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, position_T: Tensor | None, start_T: Tensor | None,
     slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
@@ -192,8 +198,7 @@ def launch_forward(
     window 0 means none. The log-sum-exp of the scaled scores, base 2, is fp32 [heads, tokens].
     """
     tokens, heads = qkv_TF.shape[0], groups * queries
-    out_ThK = torch.empty((tokens, heads, head_dim), dtype=qkv_TF.dtype, device=qkv_TF.device)
-    lse_hT = torch.empty((heads, tokens), dtype=torch.float32, device=qkv_TF.device)
+    out_ThK, lse_hT = empty_outputs(qkv_TF, heads, head_dim)
     if not tokens:
         return out_ThK, lse_hT
     block_d = max(16, triton.next_power_of_2(head_dim))

@@ -16,7 +16,7 @@ from torch import Tensor
 from megapoly_kernels.launch import resolve_backend
 
 # torch 2.13 renamed it; 2.11 knows the older name only.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # Below any logit but -inf, and finite also when multiplied: a lane that has seen nothing needs no case of its own
 # (inf - inf is NaN).
@@ -249,7 +249,7 @@ class Criterion:
         if self.ranks == 1:
             return stats_3T[None]
         gathered = stats_3T.new_empty((self.ranks, *stats_3T.shape))
-        _all_gather(gathered.view(-1), stats_3T.view(-1), group=self.group)
+        all_gather(gathered.view(-1), stats_3T.view(-1), group=self.group)
         return gathered
 
     def gradient(

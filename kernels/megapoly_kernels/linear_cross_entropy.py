@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapoly_kernels.cross_entropy import Criterion
+from megapoly_kernels.cross_entropy import Criterion, all_gather
 
-# torch 2.13 renamed these two; 2.11 knows the older names only.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renamed it; 2.11 knows the older name only.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -80,7 +79,7 @@ class _Task:
         if self.shares == 1:
             return x_nH, None
         x_NH = x_nH.new_empty((self.shares * x_nH.shape[0], x_nH.shape[1]))
-        return x_NH, _all_gather(x_NH, x_nH, group=self.criterion.group, async_op=True)
+        return x_NH, all_gather(x_NH, x_nH, group=self.criterion.group, async_op=True)
 
 
 class _Gradients:

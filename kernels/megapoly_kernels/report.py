@@ -7,7 +7,6 @@ the tools that come with triton read registers, spills, shared memory and tensor
 
 import argparse
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -121,7 +120,6 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
-    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="triton-"))
     print(f"triton {triton.__version__}, torch {torch.__version__}; spill: bytes a thread, shared: bytes a block")
     print(
         f"{'case':<52}{'kernel':<36}{'arch':>5}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>9}  "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapoly_kernels.attention_backward import launch_backward
-from megapoly_kernels.attention_forward import launch_forward
+from megapoly_kernels.attention_forward import empty_outputs, launch_forward
 from megapoly_kernels.launch import resolve_backend
 from megapoly_kernels.rotary import rotary
 
@@ -121,8 +121,7 @@ def _(
     qkv_TF: Tensor, slopes_h: Tensor | None, start_T: Tensor | None, groups: int, queries: int, head_dim: int,
     length: int, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tokens, heads = qkv_TF.shape[0], groups * queries
-    return qkv_TF.new_empty((tokens, heads, head_dim)), qkv_TF.new_empty((heads, tokens), dtype=torch.float32)
+    return empty_outputs(qkv_TF, groups * queries, head_dim)
 
 
 @torch.library.custom_op("megapoly::rotary_attention_forward", mutates_args=("qkv_TF",))
@@ -140,8 +139,7 @@ def _(
     qkv_TF: Tensor, cos_SR: Tensor, sin_SR: Tensor, position_T: Tensor | None, start_T: Tensor | None,
     slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tokens, heads = qkv_TF.shape[0], groups * queries
-    return qkv_TF.new_empty((tokens, heads, head_dim)), qkv_TF.new_empty((heads, tokens), dtype=torch.float32)
+    return empty_outputs(qkv_TF, groups * queries, head_dim)
 
 
 @torch.library.custom_op("megapoly::attention_backward", mutates_args=())

@@ -160,7 +160,7 @@ _KEYS, _QUERIES = "attention_backward_keys_kernel", "attention_backward_queries_
 
 
 def _spills(keys_80: int, queries_80: int, keys_90: int, queries_90: int) -> dict[tuple[str, int], int]:
-    """What the backward spills before and after its loops (none inside), where accumulators fill the registers."""
+    """What the backward may spill, in bytes a thread: two accumulators fill the registers."""
     return {(_KEYS, 80): keys_80, (_QUERIES, 80): queries_80, (_KEYS, 90): keys_90, (_QUERIES, 90): queries_90}
 
 

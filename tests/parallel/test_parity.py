@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import assemble, run_ranks
-from tiny_runs import FAMILIES, tiny_config, tiny_run
+from tiny_runs import FAMILIES, keep_first_gradients, tiny_config, tiny_run
 
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.config import Config
@@ -23,16 +23,7 @@ def steps_of(mesh: Mesh, cfg: Config) -> dict[str, Any]:
     """Initial weights, first gradients, losses and gradient norms of a short training, whole on every rank."""
     run = tiny_run(mesh, cfg)
     weights = assemble(pieces(run.buffers, {"model": training_state(run.optimizer)["model"]}, for_saving=True))
-    gradients: dict[str, torch.Tensor] = {}
-    reduce = run.buffers.reduce
-
-    def reduce_and_keep() -> torch.Tensor:
-        owned = reduce()
-        if not gradients:
-            gradients.update(assemble(pieces(run.buffers, {"grad": owned}, for_saving=True)))
-        return owned
-
-    run.buffers.reduce = reduce_and_keep
+    gradients = keep_first_gradients(run)
     losses, norms, by_source = [], [], []
     for step in range(1, STEPS + 1):
         stats = train_step(run, step)

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import assemble, run_ranks
-from tiny_runs import tiny_config, tiny_run
+from ranks import run_ranks
+from tiny_runs import keep_first_gradients, tiny_config, tiny_run
 
-from megapoly.checkpoint.state import pieces
 from megapoly.config import Config
 from megapoly.parallel.mesh import Mesh
 from megapoly.train.step import evaluate, train_step
@@ -20,16 +19,7 @@ STEPS = 10
 def training(mesh: Mesh, cfg: Config) -> dict[str, Any]:
     """First gradients, losses and held-out losses of a short training, whole on every rank."""
     run = tiny_run(mesh, cfg)
-    gradients: dict[str, torch.Tensor] = {}
-    reduce = run.buffers.reduce
-
-    def reduce_and_keep() -> torch.Tensor:
-        owned = reduce()
-        if not gradients:
-            gradients.update(assemble(pieces(run.buffers, {"grad": owned}, for_saving=True)))
-        return owned
-
-    run.buffers.reduce = reduce_and_keep
+    gradients = keep_first_gradients(run)
     losses = []
     for step in range(1, STEPS + 1):
         sums, counts = train_step(run, step).by_source
