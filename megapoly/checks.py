@@ -2,8 +2,8 @@
 
 import math
 
-from megapoly.config import Config, ModelConfig
 from megapoly.errors import ConfigError
+from megapoly.sections import Config, ModelConfig
 
 
 def _positive(**values: int | float | None) -> None:

@@ -5,8 +5,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from megapoly.config import LEAVES, SECTIONS, YAML_ONLY, Config, nearest
+from megapoly.config import LEAVES, SECTIONS, YAML_ONLY, nearest
 from megapoly.errors import ConfigError
+from megapoly.sections import Config
 from megapoly.yaml12 import parse_yaml
 
 # Megatron-LM's switches that set a leaf of another name.

@@ -14,18 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapoly.checkpoint.state import Piece
-from megapoly.parallel.mesh import make_mesh, single_process_mesh
+from megapoly.parallel.mesh import Layout, make_mesh, single_process_mesh
 
 
-def _rank(
-    fn: Callable[..., Any], args: tuple, rank: int, tp: int, pp: int, world: int, store: str, results: Any
-) -> None:
+def _rank(fn: Callable[..., Any], args: tuple, rank: int, layout: Layout, world: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=timedelta(seconds=120)
         )
-        value = fn(make_mesh(tp, pp, torch.device("cpu")), *args)
+        value = fn(make_mesh(layout, torch.device("cpu")), *args)
         dist.barrier()
         dist.destroy_process_group()
         # Plain bytes: a queue would hand tensors over by shared memory, which ends with this process.
@@ -36,12 +34,16 @@ def _rank(
         results.put((rank, traceback.format_exc(), None))
 
 
-def run_ranks(fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: int = 1) -> list[Any]:
-    """Call fn(mesh, *args) on tp x pp x dp forked gloo ranks; returns what each returned, by rank.
+def run_ranks(
+    fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: int = 1, cp: int = 1, instances: int = 1,
+    shares_vocab: bool = False,
+) -> list[Any]:  # fmt: skip
+    """Call fn(mesh, *args) on tp x cp x pp x dp forked gloo ranks; returns what each returned, by rank.
 
     A rank that fails ends all others, and its traceback is raised here. World size 1 runs in this process.
     """
-    world = tp * pp * dp
+    layout = Layout(tp, cp, pp, instances, shares_vocab)
+    world = layout.model * dp
     if world == 1:
         return [fn(single_process_mesh(), *args)]
     context = multiprocessing.get_context("fork")
@@ -50,7 +52,7 @@ def run_ranks(fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: 
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         ranks = [
-            context.Process(target=_rank, args=(fn, args, rank, tp, pp, world, store, results)) for rank in range(world)
+            context.Process(target=_rank, args=(fn, args, rank, layout, world, store, results)) for rank in range(world)
         ]
         for process in ranks:
             process.start()
@@ -58,7 +60,7 @@ def run_ranks(fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: 
             for _ in ranks:
                 rank, failure, value = results.get(timeout=180)
                 if failure is not None:
-                    raise AssertionError(f"rank {rank} of tp={tp} pp={pp} dp={dp} failed:\n{failure}")
+                    raise AssertionError(f"rank {rank} of {layout} x dp {dp} failed:\n{failure}")
                 values[rank] = torch.load(io.BytesIO(value), weights_only=True)
         finally:
             for process in ranks:

@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "arguments",
     "yaml12",
+    "sections",
     "config",
     "checks",
     "cli",

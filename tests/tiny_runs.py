@@ -9,10 +9,11 @@ import torch
 from ranks import assemble
 
 from megapoly.checkpoint.state import pieces
-from megapoly.config import SECTIONS, Config, ModelConfig, build
+from megapoly.config import SECTIONS, build
 from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config, ModelConfig
 from megapoly.train.prepare import Prepared, resolve, run_length
 from megapoly.train.setup import Run, build_run
 

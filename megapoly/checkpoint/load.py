@@ -16,9 +16,10 @@ from torch import Tensor
 from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
 from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
 from megapoly.checks import check_model
-from megapoly.config import SECTIONS, Config, ModelConfig, build
+from megapoly.config import SECTIONS, build
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.optim.sharded import ShardedAdamW
+from megapoly.sections import Config, ModelConfig
 
 # What makes a model another one, after defaults are filled in.
 _DECISIVE = (

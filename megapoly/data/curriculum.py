@@ -18,18 +18,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megapoly.config import Config, Source, Stage, nearest
+from megapoly.config import nearest
 from megapoly.data.indexed import TokenStream
 from megapoly.data.sampler import Sampler, StageTarget
 from megapoly.errors import ConfigError, DataError
+from megapoly.sections import Config, Source, Stage
 
 # More epochs than this cost quality (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
 MANY_EPOCHS = 4
 Number = int | float | Fraction
 KINDS = ("text", "parallel", "code")
 ENGLISH, NON_ENGLISH, CODE = PARTS = ("English", "non-English", "code")
-# Sample numbers stay far inside 64 bits.
-MOST_TOKENS = 1 << 60
+MOST_TOKENS = 1 << 60  # sample numbers stay far inside 64 bits
 BAR_WIDTH = 40
 
 

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
-from megapoly.config import PrecisionConfig
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import parameter_shapes
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import Placement, sharded_parameters
+from megapoly.sections import PrecisionConfig
 
 
 @torch.no_grad()

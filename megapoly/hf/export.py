@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapoly.config import Config, ModelConfig
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.hf.names import ARCHITECTURES, hf_family, to_hf
 from megapoly.hf.tokenizer import write_tokenizer
+from megapoly.sections import Config, ModelConfig
 from megapoly.tokenizer.load import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megapoly.config import ModelConfig
 from megapoly.errors import CheckpointError, ConfigError
+from megapoly.sections import ModelConfig
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
 VOCABULARY = -1  # stands in a shape for the number of rows that the vocabulary gives

@@ -3,8 +3,8 @@
 from megapoly_kernels import Backends, HeadShape, Sequences, rotary_attention
 from torch import Tensor, nn
 
-from megapoly.config import ModelConfig
 from megapoly.parallel.tensor import ColumnParallelLinear, Placement, RowParallelLinear
+from megapoly.sections import ModelConfig
 
 RotaryTable = tuple[Tensor, Tensor]  # cos and sin, each fp32 [positions, rotary_dim / 2]
 

@@ -4,8 +4,8 @@ import torch
 from megapoly_kernels import Backends, choose
 from megapoly_kernels.backends import CHOICES
 
-from megapoly.config import PrecisionConfig
 from megapoly.errors import ConfigError
+from megapoly.sections import PrecisionConfig
 
 
 def choose_backends(cfg: PrecisionConfig, device: torch.device) -> Backends:

@@ -3,12 +3,12 @@
 from megapoly_kernels import Backends, Sequences
 from torch import Tensor, nn
 
-from megapoly.config import ModelConfig
 from megapoly.model.attention import Attention, RotaryTable
 from megapoly.model.mlp import Mlp
 from megapoly.model.norm import Norm
 from megapoly.parallel.collectives import enter_tensor_parallel
 from megapoly.parallel.tensor import Placement
+from megapoly.sections import ModelConfig
 
 
 class Block(nn.Module):

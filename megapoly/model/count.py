@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from megapoly.config import ModelConfig
+from megapoly.sections import ModelConfig
 
 
 def parameter_shapes(m: ModelConfig, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from megapoly.config import ModelConfig
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.rng import normal_shard
 from megapoly.parallel.tensor import Shard, sharded_parameters
+from megapoly.sections import ModelConfig
 
 
 def _std(m: ModelConfig, shard: Shard) -> float:

@@ -3,8 +3,8 @@
 from megapoly_kernels import Backends, bias_gelu, gated_activation
 from torch import Tensor, nn
 
-from megapoly.config import ModelConfig
 from megapoly.parallel.tensor import ColumnParallelLinear, Placement, RowParallelLinear
+from megapoly.sections import ModelConfig
 
 
 class Mlp(nn.Module):

@@ -3,8 +3,8 @@
 from megapoly_kernels import Backends, layer_norm, rms_norm
 from torch import Tensor, nn
 
-from megapoly.config import ModelConfig
 from megapoly.parallel.tensor import Placement, sharded_parameter
+from megapoly.sections import ModelConfig
 
 
 class Norm(nn.Module):

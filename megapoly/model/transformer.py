@@ -6,7 +6,6 @@ from megapoly_kernels import Backends, Sequences, rotary_table
 from torch import Tensor, nn
 
 from megapoly.checks import padded_vocab_size
-from megapoly.config import Config, ModelConfig
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
 from megapoly.parallel.collectives import enter_tensor_parallel
@@ -19,6 +18,7 @@ from megapoly.parallel.tensor import (
     shard_of,
     sharded_parameter,
 )
+from megapoly.sections import Config, ModelConfig
 
 
 class PositionEmbedding(nn.Module):

@@ -2,7 +2,7 @@
 
 import math
 
-from megapoly.config import ScheduleConfig
+from megapoly.sections import ScheduleConfig
 
 
 def learning_rate(cfg: ScheduleConfig, step: int, total_steps: int) -> float:

@@ -4,9 +4,9 @@ import torch
 from megapoly_kernels import Range, RangeTable, adamw_, merged
 from torch import Tensor
 
-from megapoly.config import OptimizerConfig
 from megapoly.optim.clip import GlobalNorm, owned_part
 from megapoly.parallel.gradients import FlatBuffers
+from megapoly.sections import OptimizerConfig
 
 
 def update_ranges(buffers: FlatBuffers, weight_decay: float) -> list[Range]:

@@ -1,9 +1,10 @@
-"""The process mesh: which rank stands where on the tensor, pipeline and data axes.
+"""The process mesh: which rank stands where on the tensor, context, data and pipeline axes.
 
 Axes are values that are passed to whoever needs them; the environment is read here and nowhere else.
 """
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
@@ -13,8 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megapoly.config import ParallelConfig
 from megapoly.errors import ConfigError
+from megapoly.sections import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,68 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes; data parallel takes what tp x cp x pp leaves of the world."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    instances: int = 1
+    shares_vocab: bool = False
+
+    @classmethod
+    def of(cls, cfg: ParallelConfig) -> "Layout":
+        """As the configuration says."""
+        return cls(
+            cfg.tensor_model_parallel_size,
+            cfg.context_parallel_size,
+            cfg.pipeline_model_parallel_size,
+            cfg.num_distributed_optimizer_instances,
+            cfg.pipeline_vocab_parallel,
+        )
+
+    @property
+    def model(self) -> int:
+        """Ranks that train one sequence together."""
+        return self.tp * self.cp * self.pp
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """All axes of this rank. `embedding` joins first and last pipeline stage (tied matrices); `model` is tp x pp."""
+    """All axes of this rank.
+
+    `replicas` is dp x cp: the ranks that hold the same parameters. It is `shards` x `instances`: optimizer state is
+    sharded over `shards` and repeated over `instances`. `embedding` joins first and last pipeline rank (tied matrices),
+    `vocab` is pp x tp where the head is shared among pipeline ranks, else tp.
+    """
 
     device: torch.device
     world: Axis
     tp: Axis
-    pp: Axis
+    cp: Axis
     dp: Axis
+    pp: Axis
+    replicas: Axis
+    shards: Axis
+    instances: Axis
     embedding: Axis
+    vocab: Axis
 
     @property
     def is_main(self) -> bool:
         """Whether this rank prints and writes the records of the run."""
         return self.world.rank == 0
 
+    @property
+    def axes(self) -> list[Axis]:
+        """All axes, in the order in which their groups were made."""
+        return [value for value in vars(self).values() if isinstance(value, Axis)]
+
 
 def single_process_mesh(device: str | torch.device = "cpu") -> Mesh:
     """A mesh of one rank without any process group."""
-    one = {name: Axis(name) for name in ("world", "tp", "pp", "dp", "embedding")}
-    return Mesh(device=torch.device(device), **one)
+    names = [field.name for field in dataclasses.fields(Mesh) if field.type is Axis]
+    return Mesh(device=torch.device(device), **{name: Axis(name) for name in names})
 
 
 def world_size() -> int:
@@ -94,10 +137,7 @@ def die_with_launcher() -> None:
 
 
 def init_mesh(cfg: ParallelConfig) -> Mesh:
-    """Join the process group and split it into axes: tensor ranks are neighbours, then data, then pipeline.
-
-    This is Megatron-LM's order: the axis that talks most stays within a host.
-    """
+    """Join the process group, split it into axes, and let each talk once before the first step."""
     device = torch.device("cpu")
     if torch.cuda.is_available() and cfg.distributed_backend != "gloo":
         device = torch.device("cuda", local_rank())
@@ -106,39 +146,51 @@ def init_mesh(cfg: ParallelConfig) -> Mesh:
         return single_process_mesh(device)
     timeout = timedelta(minutes=cfg.distributed_timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    mesh = make_mesh(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, device, timeout)
-    for axis in (mesh.world, mesh.tp, mesh.dp, mesh.pp, mesh.embedding):
+    mesh = make_mesh(Layout.of(cfg), device, timeout)
+    for axis in mesh.axes:
         if axis.group is not None:  # NCCL wants all of a group's ranks in its first operation, which a send is not
             dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
     return mesh
 
 
-def make_mesh(tp: int, pp: int, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
-    """Split the joined process group into axes; dp is what tp x pp leaves of the world.
+def make_mesh(layout: Layout, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
+    """Split the joined process group into axes: tensor ranks are neighbours, then context, then data, then pipeline.
 
-    The groups are made one by one because DeviceMesh gives its groups a timeout of its own.
+    This is Megatron-LM's order: the axis that talks most stays within a host, and a part of the replicas, which shard
+    optimizer state among them, is as near as can be. The groups are made one by one because DeviceMesh gives its
+    groups a timeout of its own.
     """
     world = dist.get_world_size()
-    ranks_PDT = torch.arange(world).view(pp, world // (tp * pp), tp)
-    everyone = Axis("world", dist.get_rank(), world, dist.group.WORLD)
+    ranks_PDCT = torch.arange(world).view(layout.pp, world // layout.model, layout.cp, layout.tp)
+    replicas_PTR = ranks_PDCT.permute(0, 3, 1, 2).flatten(2)  # R: data, then context
+    parts_PTIS = replicas_PTR.unflatten(2, (layout.instances, -1))
+    ends_PDCT = ranks_PDCT[[0, -1]] if layout.pp > 1 else ranks_PDCT
+    vocab = ranks_PDCT.permute(1, 2, 0, 3).flatten(2) if layout.shares_vocab else ranks_PDCT
+
+    groups: dict[tuple[tuple[int, ...], ...], list[dist.ProcessGroup]] = {}
+
+    def axis(name: str, ranks: torch.Tensor) -> Axis:
+        lines = tuple(map(tuple, ranks.flatten(0, -2).tolist()))
+        if len(lines[0]) > 1 and lines not in groups:  # every rank takes part in making every group
+            groups[lines] = [dist.new_group(line, timeout=timeout) for line in lines]
+        for number, line in enumerate(lines):
+            if len(line) > 1 and dist.get_rank() in line:
+                return Axis(name, line.index(dist.get_rank()), len(line), groups[lines][number])
+        return Axis(name)  # a rank in no line (a middle stage's embedding) is alone
+
     return Mesh(
         device=device,
-        world=everyone,
-        tp=_axis("tp", ranks_PDT.flatten(0, 1), timeout),
-        pp=_axis("pp", ranks_PDT.flatten(1).T, timeout),
-        dp=_axis("dp", ranks_PDT.transpose(1, 2).flatten(0, 1), timeout),
-        embedding=_axis("embedding", ranks_PDT[[0, -1]].flatten(1).T if pp > 1 else ranks_PDT.view(-1, 1), timeout),
+        world=Axis("world", dist.get_rank(), world, dist.group.WORLD),
+        tp=axis("tp", ranks_PDCT),
+        cp=axis("cp", ranks_PDCT.transpose(2, 3)),
+        dp=axis("dp", ranks_PDCT.permute(0, 2, 3, 1)),
+        pp=axis("pp", ranks_PDCT.permute(1, 2, 3, 0)),
+        replicas=axis("replicas", replicas_PTR),
+        shards=axis("shards", parts_PTIS),
+        instances=axis("instances", parts_PTIS.transpose(2, 3)),
+        embedding=axis("embedding", ends_PDCT.permute(1, 2, 3, 0)),
+        vocab=axis("vocab", vocab),
     )
-
-
-def _axis(name: str, lines: torch.Tensor, timeout: timedelta) -> Axis:
-    """The line of ranks that this rank stands in; a rank in none (a middle stage's embedding) is alone."""
-    mine = Axis(name)
-    for line in lines.tolist() if lines.shape[1] > 1 else []:
-        group = dist.new_group(line, timeout=timeout)  # every rank takes part in making every group
-        if dist.get_rank() in line:
-            mine = Axis(name, line.index(dist.get_rank()), len(line), group)
-    return mine
 
 
 def leave(mesh: Mesh) -> None:

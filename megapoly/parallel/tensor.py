@@ -4,7 +4,7 @@ Capital letters in names are whole dimensions, lower-case letters this rank's sh
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megapoly.errors import ConfigError
 from megapoly.parallel.collectives import leave_tensor_parallel
 from megapoly.parallel.mesh import Axis
+from megapoly.parallel.weight_gradients import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the modules of a rank are placed: their tensor-parallel axis, type and device."""
+    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go."""
 
     tp: Axis
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
+    cp: Axis = Axis("cp")
+    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
 
 def sharded_parameter(

@@ -11,13 +11,14 @@ import torch
 
 from megapoly.checks import check
 from megapoly.cli import help_text, parse_flags, refuse_unknown
-from megapoly.config import Config, load_config, preset_names
+from megapoly.config import load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
-from megapoly.parallel.mesh import check_devices, die_with_launcher, init_mesh, leave, local_rank, world_size
+from megapoly.parallel.mesh import Layout, check_devices, die_with_launcher, init_mesh, leave, local_rank, world_size
+from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
 from megapoly.train.setup import build_run, check_agreement, layer_split, only_writer
@@ -75,8 +76,8 @@ def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
 def dry_run(prepared: Prepared, world: int) -> None:
     """Print the resolved configuration, counts, curriculum and memory."""
     cfg, m = prepared.cfg, prepared.cfg.model
-    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    dp = world // (tp * pp)
+    layout = Layout.of(cfg.parallel)
+    tp, pp, dp = layout.tp, layout.pp, world // layout.model
     count = num_parameters(m, prepared.vocab_size)
     split = layer_split(cfg, prepared.vocab_size, pp)
     print(cfg.to_yaml())
@@ -100,7 +101,7 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         parallel = cfg.parallel
         world = world_size()
         if asked.is_dry_run and world == 1:  # without a launcher: the smallest world that the layout fits
-            world = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+            world = Layout.of(parallel).model
         else:
             check_devices(parallel)
             is_on_gpu = torch.cuda.is_available() and parallel.distributed_backend != "gloo"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
 from megapoly.checks import check
-from megapoly.config import Config
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.count import parameter_shapes
+from megapoly.sections import Config
 from megapoly.tokenizer.load import Tokenizer, load_tokenizer
 
 

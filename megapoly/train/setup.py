@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.config import Config
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
 from megapoly.errors import ConfigError
 from megapoly.log import Console
@@ -28,6 +27,7 @@ from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.rng import key
 from megapoly.parallel.stage import make_stage, split_layers
 from megapoly.parallel.tensor import Placement
+from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
 
 

@@ -12,10 +12,10 @@ from tiny_runs import tiny_config, tiny_prepared
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
 from megapoly.checkpoint.state import pieces, training_state
-from megapoly.config import Config
 from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
+from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.setup import Run, build_run
 

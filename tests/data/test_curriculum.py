@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapoly.config import Config, CurriculumConfig, DataConfig, ModelConfig, Source, Stage, TrainConfig
 from megapoly.data.curriculum import Plan, describe, make_plan, open_sources, summary
 from megapoly.data.indexed import IndexedDatasetWriter
 from megapoly.errors import ConfigError, DataError
+from megapoly.sections import Config, CurriculumConfig, DataConfig, ModelConfig, Source, Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
 EN = {"name": "web-en", "language": "en"}

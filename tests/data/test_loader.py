@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny_runs import VOCAB, tiny_config
 
-from megapoly.config import CurriculumConfig, Stage
 from megapoly.data.batch import batch_of
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
+from megapoly.sections import CurriculumConfig, Stage
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megapoly.config import Config, load_config
+from megapoly.config import load_config
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.indexed import IndexedDataset
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 from megapoly.tokenizer.load import load_tokenizer
 from megapoly.train.prepare import prepare
 from megapoly.train.setup import build_run

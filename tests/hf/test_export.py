@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megapoly.config import Config, ModelConfig, TokenizerConfig
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.hf.export import MANIFEST, Reader, export, hf_config
 from megapoly.hf.names import hf_family, table
@@ -25,6 +24,7 @@ from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import Placement
+from megapoly.sections import Config, ModelConfig, TokenizerConfig
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 101  # odd and prime: padding to any multiple would show

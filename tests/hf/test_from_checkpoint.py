@@ -11,9 +11,9 @@ from test_export import assert_export_agrees
 from tiny_runs import tiny_config, tiny_prepared
 
 from megapoly.checkpoint.load import CheckpointReader
-from megapoly.config import Config
 from megapoly.generate.sample import load_model
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.setup import build_run
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megapoly.config import ModelConfig, load_config, preset_names
+from megapoly.config import load_config, preset_names
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.hf.names import from_hf, hf_family, table, to_hf
+from megapoly.sections import ModelConfig
 
 GPT2 = ModelConfig(num_layers=2, hidden_size=24, num_attention_heads=3, seq_length=8)
 NEOX = replace(GPT2, position_embedding_type="rope", untie_embeddings_and_output_weights=True)

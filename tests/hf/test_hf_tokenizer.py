@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_export import CASES, make_reader, random_parameters
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megapoly.config import ModelConfig
 from megapoly.errors import TokenizerError
 from megapoly.hf.export import export
+from megapoly.sections import ModelConfig
 from megapoly.tokenizer.load import HuggingFaceTokenizer, load_tokenizer
 from megapoly.tokenizer.train import train_byte_level_bpe, train_sentencepiece
 

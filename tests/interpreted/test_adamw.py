@@ -12,9 +12,9 @@ from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_run
 from torch import Tensor
 
-from megapoly.config import Config
 from megapoly.optim.sharded import ShardedAdamW
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 
 CPU = torch.device("cpu")
 LENGTH = 4 * BLOCK

@@ -6,7 +6,6 @@ from megapoly_kernels import Backends, Sequences, choose, rotary_table
 from tiny_runs import FAMILIES
 from torch import Tensor
 
-from megapoly.config import Config, ModelConfig
 from megapoly.model.block import Block
 from megapoly.model.init import initialize
 from megapoly.model.loss import masked_losses
@@ -14,6 +13,7 @@ from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import Placement
+from megapoly.sections import Config, ModelConfig
 
 CPU = torch.device("cpu")
 PLACE = Placement(Axis("tp"), sequence_parallel=False, dtype=torch.float32, device=CPU)

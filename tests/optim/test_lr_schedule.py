@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megapoly.config import ScheduleConfig
 from megapoly.optim.schedule import learning_rate
+from megapoly.sections import ScheduleConfig
 
 
 def test_warm_up_begins_above_its_floor_and_reaches_the_peak() -> None:

@@ -9,11 +9,11 @@ from ranks import assemble, run_ranks
 from tiny_runs import tiny_config, tiny_run
 
 from megapoly.checkpoint.state import pieces, training_state
-from megapoly.config import Config
 from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.sharded import ShardedAdamW, update_ranges
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.parallel.rng import normal_shard
+from megapoly.sections import Config
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:

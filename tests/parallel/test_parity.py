@@ -10,8 +10,8 @@ from ranks import assemble, run_ranks
 from tiny_runs import FAMILIES, keep_first_gradients, tiny_config, tiny_run
 
 from megapoly.checkpoint.state import pieces, training_state
-from megapoly.config import Config
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 from megapoly.train.step import evaluate, train_step
 
 STEPS = 20

@@ -9,8 +9,8 @@ import torch
 from ranks import run_ranks
 from tiny_runs import keep_first_gradients, tiny_config, tiny_run
 
-from megapoly.config import Config
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 from megapoly.train.step import evaluate, train_step
 
 STEPS = 10

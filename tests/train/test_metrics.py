@@ -10,10 +10,10 @@ from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import tiny_config, tiny_run
 
-from megapoly.config import Config
 from megapoly.data.curriculum import summary
 from megapoly.model.count import flops_per_token
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.metrics import _finite, drop_rows_after, mean
 

@@ -6,9 +6,9 @@ import pytest
 from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_prepared, tiny_run
 
-from megapoly.config import Config
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.parallel.mesh import Mesh
+from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import _check_writable, _starting_point
 from megapoly.train.setup import check_agreement, only_writer
