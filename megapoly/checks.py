@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig
+from megapoly.sections import Config, ModelConfig, ScheduleConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -92,7 +92,7 @@ def check_training(cfg: Config) -> None:
         log_interval=cfg.logging.log_interval, peak_tflops=cfg.logging.peak_tflops, adam_eps=o.adam_eps,
         distributed_timeout_minutes=cfg.parallel.distributed_timeout_minutes,
         make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by, vocab_size=cfg.tokenizer.vocab_size,
-        lr_decay_iters=s.lr_decay_iters,
+        lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
     )  # fmt: skip
     for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
@@ -112,6 +112,22 @@ def check_training(cfg: Config) -> None:
         raise ConfigError(f"seed ({t.seed}) must lie in [0, 2^63)")
     if cfg.checkpoint.finetune and cfg.checkpoint.load is None:
         raise ConfigError("finetune needs load: the checkpoint whose weights to take")
+
+
+def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
+    """Refuse phases of the learning rate that overlap; total_steps is the run's last step."""
+    if s.lr_warmup_init > s.lr:
+        raise ConfigError(f"lr_warmup_init ({s.lr_warmup_init}) must not exceed lr ({s.lr})")
+    decays = s.lr_decay_style not in ("constant", "inverse-square-root")
+    if decays and s.lr_decay_iters is not None and s.lr_decay_iters <= s.lr_warmup_iters:
+        raise ConfigError(f"lr_decay_iters ({s.lr_decay_iters}) must exceed lr_warmup_iters ({s.lr_warmup_iters})")
+    last, stretch = s.lr_decay_iters or total_steps, s.lr_wsd_decay_iters
+    if s.lr_decay_style == "WSD" and stretch and s.lr_warmup_iters < last < s.lr_warmup_iters + stretch:
+        where = "lr_decay_iters" if s.lr_decay_iters else "the run's steps"
+        raise ConfigError(
+            f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "
+            f"at most {last - s.lr_warmup_iters} steps of decay fit"
+        )
 
 
 def check(cfg: Config, world_size: int) -> int:

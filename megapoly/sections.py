@@ -224,7 +224,7 @@ class ScheduleConfig:
     )
     lr_wsd_decay_iters: int | None = option(None, "WSD: steps of the final decay (default: a tenth of all)")
     lr_wsd_decay_style: str = option(
-        "linear", "WSD: shape of the final decay", ("linear", "cosine", "minus-sqrt", "exponential")
+        "exponential", "WSD: shape of the final decay", ("exponential", "linear", "cosine", "minus_sqrt")
     )
 
 

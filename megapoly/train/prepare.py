@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
-from megapoly.checks import check
+from megapoly.checks import check, check_schedule
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.errors import CheckpointError, ConfigError
@@ -195,4 +195,6 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     checkpoint, is_resume = _starting_point(cfg, plan, tokenizer)
     if checkpoint is not None:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
-    return Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume)
+    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume)
+    check_schedule(cfg.schedule, prepared.num_steps)
+    return prepared
