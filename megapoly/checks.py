@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ScheduleConfig
+from megapoly.sections import Config, ModelConfig, ScheduleConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -17,7 +17,7 @@ def check_model(m: ModelConfig) -> None:
     _positive(
         num_layers=m.num_layers, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups, kv_channels=m.kv_channels,
-        seq_length=m.seq_length, init_method_std=m.init_method_std,
+        seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
     for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size), ("seq_length", m.seq_length)):
@@ -31,6 +31,10 @@ def check_model(m: ModelConfig) -> None:
     if m.num_attention_heads % m.num_kv_heads:
         raise ConfigError(
             f"num_query_groups ({m.num_kv_heads}) must divide num_attention_heads ({m.num_attention_heads})"
+        )
+    if m.use_mup and m.init_method != "normal":
+        raise ConfigError(
+            f"use_mup scales init_method_std with the width: it needs init_method normal, not {m.init_method}"
         )
     if m.max_positions < m.seq_length:
         raise ConfigError(f"max_position_embeddings ({m.max_positions}) must be at least seq_length ({m.seq_length})")
@@ -75,12 +79,49 @@ def check_layout(cfg: Config, world_size: int) -> int:
             f"micro_batch_size x seq_length ({t.micro_batch_size * m.seq_length})"
         )
     dp = world_size // (tp * pp)
-    if t.global_batch_size % (t.micro_batch_size * dp):
-        raise ConfigError(
-            f"global_batch_size ({t.global_batch_size}) must be a multiple of micro_batch_size "
-            f"({t.micro_batch_size}) x data-parallel size ({dp}) = {t.micro_batch_size * dp}"
-        )
+    check_batches(t, dp)
     return dp
+
+
+def check_batches(t: TrainConfig, dp: int) -> None:
+    """Refuse global batches that cannot be dealt out evenly, those of a ramp-up included."""
+    unit, end = t.micro_batch_size * dp, t.global_batch_size
+    product = f"micro_batch_size ({t.micro_batch_size}) x data-parallel size ({dp}) = {unit}"
+    if end % unit:
+        raise ConfigError(f"global_batch_size ({end}) must be a multiple of {product}")
+    check_ramp(t)
+    if t.rampup_batch_size is None:
+        return
+    start, increment, samples = t.rampup_batch_size
+    if uneven := [size for size in range(start, end, increment) if size % unit]:
+        shown = ", ".join(map(str, uneven[:8])) + (", .." if len(uneven) > 8 else "")
+        raise ConfigError(
+            f"rampup_batch_size {start},{increment},{samples} has batches of {shown}, no multiples of {product}; "
+            f"{_nearest_ramp(start, increment, samples, end, unit)}"
+        )
+
+
+def check_ramp(t: TrainConfig) -> None:
+    """Refuse a ramp-up that does not lead to global_batch_size."""
+    if t.rampup_batch_size is None:
+        return
+    if len(t.rampup_batch_size) != 3 or min(t.rampup_batch_size) < 1:
+        raise ConfigError(f"rampup_batch_size {t.rampup_batch_size} must be start,increment,samples, each at least 1")
+    (start, increment, samples), end = t.rampup_batch_size, t.global_batch_size
+    if start >= end or (end - start) % increment:
+        raise ConfigError(
+            f"rampup_batch_size must go from start ({start}) to global_batch_size ({end}) by whole "
+            f"increments ({increment}); {_nearest_ramp(start, increment, samples, end, 1)}"
+        )
+
+
+def _nearest_ramp(start: int, increment: int, samples: int, end: int, unit: int) -> str:
+    """The ramp to `end` nearest to the one asked for whose batches are all multiples of unit, in words."""
+    if end <= unit:
+        return f"batches of {end} leave no room for a ramp"
+    start = min(max(round(start / unit), 1), end // unit - 1) * unit
+    whole = (step for step in range(unit, end - start + 1, unit) if (end - start) % step == 0)
+    return f"the nearest that works is {start},{min(whole, key=lambda step: abs(step - increment))},{samples}"
 
 
 def check_training(cfg: Config) -> None:

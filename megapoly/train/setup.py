@@ -130,7 +130,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         buffers=buffers,
         optimizer=ShardedAdamW(buffers, cfg.optimizer, backends.adamw),
         pipeline=Pipeline(mesh.pp, (tokens, m.hidden_size), model.residual_dtype, mesh.device),
-        loader=TrainLoader(prepared.plan, prepared.streams, deal),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
         layer_split=split,
     )
