@@ -71,6 +71,11 @@ class ModelConfig:
         return self.hidden_size / self.mup_base_hidden_size if self.use_mup else 1.0
 
     @property
+    def softmax_scale(self) -> float | None:
+        """What multiplies attention's scores in muP; None: head_dim^-1/2, as attention does by itself."""
+        return 1.0 / self.head_dim if self.use_mup else None
+
+    @property
     def is_gated(self) -> bool:
         return self.activation in ("swiglu", "geglu")
 

@@ -18,7 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
         super().__init__()
-        self.backend = backends.attention
+        self.backend, self.scale = backends.attention, m.softmax_scale
         queries = m.num_attention_heads // m.num_kv_heads
         self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
         shape = (m.num_kv_heads, queries + 2, m.head_dim, m.hidden_size)
@@ -32,7 +32,8 @@ class Attention(nn.Module):
         cos, sin = table if table is not None else (None, None)
         # The projection's backward does not read its output: the kernel may rotate it where it lies.
         out_ThK = rotary_attention(
-            self.qkv.flat(x_TH), self.shape, sequences, cos, sin, in_place=True, backend=self.backend
-        )
+            self.qkv.flat(x_TH), self.shape, sequences, cos, sin,
+            scale=self.scale, in_place=True, backend=self.backend,
+        )  # fmt: skip
         result: Tensor = self.output(out_ThK.flatten(1))
         return result
