@@ -9,9 +9,9 @@ from megapoly.checks import padded_vocab_size
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
 from megapoly.parallel.collectives import enter_tensor_parallel
+from megapoly.parallel.linear import ColumnParallelLinear
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
-    ColumnParallelLinear,
     Placement,
     Shard,
     VocabParallelEmbedding,
