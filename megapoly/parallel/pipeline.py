@@ -119,8 +119,8 @@ class _Mail:
         for sends, message in transfers:
             p = self.pipeline
             tensor = self._made.pop(message) if sends else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            operation, peer = (dist.isend, message.target) if sends else (dist.irecv, message.source)
-            operations.append(dist.P2POp(operation, tensor, group=p.pp.group, group_peer=peer))
+            way, peer = (dist.isend, message.target) if sends else (dist.irecv, message.source)
+            operations.append(dist.P2POp(way, tensor, group=p.pp.group, group_peer=peer))
         works = dist.batch_isend_irecv(operations)
         works = works * (len(operations) // len(works))  # NCCL has one for the whole batch
         for (sends, message), operation, work in zip(transfers, operations, works, strict=True):

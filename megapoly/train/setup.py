@@ -132,6 +132,10 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
     buffers = FlatBuffers(chunks, mesh, m.tied and folding.ends_apart)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    pipeline = Pipeline(
+        mesh.pp, cfg.parallel.schedule, folding, (tokens, m.hidden_size), chunks[0].residual_dtype, mesh.device,
+        place.weight_gradients,
+    )  # fmt: skip
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     assert cfg.data.block_length is not None
     return Run(
@@ -141,15 +145,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         chunks=chunks,
         buffers=buffers,
         optimizer=ShardedAdamW(buffers, cfg.optimizer, chunks[0].backends.adamw),
-        pipeline=Pipeline(
-            mesh.pp,
-            cfg.parallel.schedule,
-            folding,
-            (tokens, m.hidden_size),
-            chunks[0].residual_dtype,
-            mesh.device,
-            place.weight_gradients,
-        ),  # fmt: skip
+        pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
         layer_split=split,
