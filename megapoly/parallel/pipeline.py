@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapoly.parallel.mesh import Axis
-from megapoly.parallel.schedule import Action, Message, Placement, all_lists
+from megapoly.parallel.schedule import Action, Message, Placement, all_lists, forwards_of
 from megapoly.parallel.timeline import Transfer, planned
 from megapoly.parallel.weight_gradients import WeightGradients
 
@@ -50,7 +50,7 @@ class Pipeline:
         if (microbatches, backward) not in self._programs:
             lists = all_lists(self.schedule, self.pp.size, self.placement.chunks, microbatches)
             if not backward:
-                lists = [[action for action in actions if action.kind == "F"] for actions in lists]
+                lists = forwards_of(lists)
             rank = self.pp.rank
             self._programs[microbatches, backward] = Program(lists[rank], planned(lists, self.placement)[rank])
         return self._programs[microbatches, backward]

@@ -111,6 +111,11 @@ def all_lists(name: str, stages: int, chunks: int, microbatches: int) -> list[li
     return [schedule_for(name, rank, stages, chunks, microbatches) for rank in range(stages)]
 
 
+def forwards_of(lists: list[list[Action]]) -> list[list[Action]]:
+    """The forwards of every rank in their order, for evaluation: they wait for nothing but forwards."""
+    return [[action for action in actions if action.kind == "F"] for actions in lists]
+
+
 def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> None:
     """Refuse numbers that a schedule does not exist for."""
     if name not in SCHEDULES:
