@@ -82,10 +82,14 @@ def shard_of(parameter: nn.Parameter) -> Shard:
     return shard
 
 
-def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """(name, parameter, shard) of every parameter of a module; tied parameters come once."""
-    for name, parameter in module.named_parameters():
-        yield name, parameter, shard_of(parameter)
+def sharded_parameters(*modules: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """(name, parameter, shard) of every parameter of some modules; tied and shared parameters come once."""
+    seen = set()
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter, shard_of(parameter)
 
 
 class VocabParallelEmbedding(nn.Module):
