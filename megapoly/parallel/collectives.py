@@ -42,6 +42,24 @@ def reduce_scatter(x_TH: Tensor, axis: Axis) -> Tensor:
     return x_tH
 
 
+def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Start summing x over the axis in place; None where there is nothing to wait for."""
+    return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None
+
+
+def start_reduce_scatter(part: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None:
+    """Start summing `whole` over the axis into every rank's `part`; both stay untouched until it is waited for.
+
+    On an axis of one rank nothing happens: there, `part` is `whole`.
+    """
+    return _reduce_scatter(part, whole, group=axis.group, async_op=True) if axis.size > 1 else None
+
+
+def start_all_gather(whole: Tensor, part: Tensor, axis: Axis) -> dist.Work | None:
+    """Start gathering every rank's `part`, which may lie at its own place of `whole`; none for an axis of one rank."""
+    return _all_gather(whole, part, group=axis.group, async_op=True) if axis.size > 1 else None
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

@@ -118,7 +118,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     backends = choose_backends(cfg.precision, mesh.device)
     model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), place, backends)
     initialize(model, cfg.train.seed)
-    buffers = FlatBuffers(model, mesh, m.tied)
+    wire = torch.float32 if cfg.precision.accumulate_allreduce_grads_in_fp32 else torch.bfloat16
+    buffers = FlatBuffers([model], mesh, m.tied, cfg.parallel, wire)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     assert cfg.data.block_length is not None

@@ -35,10 +35,10 @@ def train_step(run: Run, step: int) -> StepStats:
     num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
     all_reduce_(num_tokens, run.mesh.dp)
 
-    run.buffers.zero_grad()
+    run.buffers.begin(len(batches))
     actions = one_f_one_b(run.mesh.pp.rank, run.mesh.pp.size, len(batches))
     run.pipeline.run(actions, lambda i, hidden: stage_forward(run, batches[i], hidden, num_tokens, by_source))
-    owned_grad = run.buffers.reduce()
+    owned_grad = run.buffers.finish()
 
     grad_norm = run.optimizer.global_norm(owned_grad)
     clip = clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
