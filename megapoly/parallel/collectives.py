@@ -30,7 +30,9 @@ class Pending:
 
     __slots__ = ("_reads", "_works", "result")
 
-    def __init__(self, result: Tensor, works: Sequence[dist.Work | None] = (), reads: object = None) -> None:
+    def __init__(
+        self, result: Tensor, works: Sequence["dist.Work | Pending | None"] = (), reads: object = None
+    ) -> None:
         self.result, self._works, self._reads = result, works, reads
 
     def wait(self) -> Tensor:
