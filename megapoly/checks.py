@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig
+from megapoly.sections import Config, ModelConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -114,10 +114,24 @@ def check_training(cfg: Config) -> None:
         raise ConfigError("finetune needs load: the checkpoint whose weights to take")
 
 
+def check_recompute(t: TrainConfig) -> None:
+    """Refuse recomputation that would do nothing, or other than what is asked for."""
+    _positive(recompute_num_layers=t.recompute_num_layers)
+    known = ("core_attn", "layernorm", "mlp_act")
+    if not t.recompute_modules or set(t.recompute_modules) - set(known):
+        raise ConfigError(f"recompute_modules {t.recompute_modules} must be some of {', '.join(known)}")
+    if t.cpu_offloading and t.recompute_granularity != "full":
+        raise ConfigError(
+            f"cpu_offloading needs recompute_granularity full (it is {t.recompute_granularity}): "
+            "what goes to the host are the inputs of redone blocks"
+        )
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
+    check_recompute(cfg.train)
     return check_layout(cfg, world_size)
 
 

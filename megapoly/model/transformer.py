@@ -1,5 +1,8 @@
 """The decoder-only transformer, or the part of it that one pipeline stage holds."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megapoly_kernels import Backends, Sequences, rotary_table
@@ -8,6 +11,8 @@ from torch import Tensor, nn
 from megapoly.checks import padded_vocab_size
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
+from megapoly.model.offload import HostMemory
+from megapoly.model.recompute import redone, redone_groups
 from megapoly.parallel.collectives import enter_tensor_parallel
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
@@ -34,6 +39,11 @@ class PositionEmbedding(nn.Module):
         return F.embedding(positions_t, self.weight)
 
 
+def joined(branch_tH: Tensor | None, residual_tH: Tensor) -> Tensor:
+    """The residual stream with a pending branch added, both [tokens of this rank, hidden]."""
+    return residual_tH if branch_tH is None else residual_tH + branch_tH
+
+
 class Transformer(nn.Module):
     """Embedding, blocks and head, as far as this stage has them.
 
@@ -54,6 +64,8 @@ class Transformer(nn.Module):
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)
         self.layers = nn.ModuleDict({str(i): Block(m, place, backends) for i in stage.layers})
+        self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
+        self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
             self.final_norm = Norm(m, place, backends)
             if not m.tied:
@@ -83,13 +95,27 @@ class Transformer(nn.Module):
         residual_tH = self._embed(tokens_BS) if hidden_tH is None else hidden_tH
         branch_tH: Tensor | None = None
         sequences = Sequences(tokens_BS.shape[1])
-        for block in self.layers.values():
-            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
+        for blocks, is_redone in self.groups:
+            if is_redone:
+                run = partial(self._run_whole, blocks, sequences)
+                branch_tH, ((residual_tH,), _) = None, redone(run, joined(branch_tH, residual_tH), host=self.host)
+            else:
+                branch_tH, residual_tH = self._run(blocks, sequences, branch_tH, residual_tH)
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH
             return result
-        return residual_tH if branch_tH is None else residual_tH + branch_tH
+        return joined(branch_tH, residual_tH)
+
+    def _run(
+        self, blocks: Sequence[nn.Module], sequences: Sequences, branch_tH: Tensor | None, residual_tH: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        for block in blocks:
+            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
+        return branch_tH, residual_tH
+
+    def _run_whole(self, blocks: Sequence[nn.Module], sequences: Sequences, residual_tH: Tensor) -> tuple[Tensor]:
+        return (joined(*self._run(blocks, sequences, None, residual_tH)),)
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         hidden_tH: Tensor = self.embedding["word"](tokens_BS.flatten())
