@@ -9,10 +9,10 @@ from megapoly_kernels import Backends, Sequences, rotary_table
 from torch import Tensor, nn
 
 from megapoly.checks import padded_vocab_size
-from megapoly.model.block import Block
+from megapoly.model.block import Block, joined
 from megapoly.model.norm import Norm
 from megapoly.model.offload import HostMemory
-from megapoly.model.recompute import redone, redone_groups
+from megapoly.model.recompute import redone, redone_groups, redone_modules
 from megapoly.parallel.linear import ColumnParallelLinear, column_parallel_linear
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
@@ -38,11 +38,6 @@ class PositionEmbedding(nn.Module):
         return F.embedding(positions_t, self.weight)
 
 
-def joined(branch_tH: Tensor | None, residual_tH: Tensor) -> Tensor:
-    """The residual stream with a pending branch added, both [tokens of this rank, hidden]."""
-    return residual_tH if branch_tH is None else residual_tH + branch_tH
-
-
 class Transformer(nn.Module):
     """Embedding, blocks and head, as far as this stage has them.
 
@@ -62,7 +57,8 @@ class Transformer(nn.Module):
             self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)
-        self.layers = nn.ModuleDict({str(i): Block(m, place, backends) for i in stage.layers})
+        modules = redone_modules(cfg.train)
+        self.layers = nn.ModuleDict({str(i): Block(m, place, backends, modules) for i in stage.layers})
         self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
         self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
@@ -97,7 +93,7 @@ class Transformer(nn.Module):
         for blocks, is_redone in self.groups:
             if is_redone:
                 run = partial(self._run_whole, blocks, sequences)
-                branch_tH, ((residual_tH,), _) = None, redone(run, joined(branch_tH, residual_tH), host=self.host)
+                branch_tH, (residual_tH,) = None, redone(run, joined(branch_tH, residual_tH), host=self.host)
             else:
                 branch_tH, residual_tH = self._run(blocks, sequences, branch_tH, residual_tH)
         if self.stage.has_head:

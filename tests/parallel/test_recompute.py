@@ -17,6 +17,7 @@ MODES: dict[str, dict[str, Any]] = {
     "uniform": {"recompute_granularity": "full"},
     "uniform by twos": {"recompute_granularity": "full", "recompute_num_layers": 2},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    "selective": {"recompute_granularity": "selective"},
     "offloaded": {"recompute_granularity": "full", "cpu_offloading": True},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
