@@ -13,26 +13,22 @@ where one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) runs the collectives of
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapoly.parallel.buckets import WORD, Bucket, Segment, group, lay_out
-from megapoly.parallel.collectives import all_reduce_, start_all_gather, start_all_reduce, start_reduce_scatter
+from megapoly.parallel.collectives import (
+    Pending,
+    all_gather,
+    all_reduce_,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+)
 from megapoly.parallel.mesh import Axis, Mesh
 from megapoly.parallel.tensor import sharded_parameters
 from megapoly.sections import ParallelConfig
-
-
-@dataclass(frozen=True)
-class _Reduction:
-    """A bucket's reduction on its way: what is waited for, what was sent, and this rank's part of the sum."""
-
-    work: dist.Work | None
-    sent: Tensor
-    part: Tensor
 
 
 class FlatBuffers:
@@ -50,7 +46,7 @@ class FlatBuffers:
         wire: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self.mesh, self.cfg, self.wire = mesh, cfg, wire
-        named = [entry for chunk in chunks for entry in sharded_parameters(chunk)]
+        named = list(sharded_parameters(*chunks))
         is_alone = mesh.replicas.size == 1
         self.buckets, self.segments = lay_out([named] if is_alone else group(named, cfg.ddp_bucket_size), mesh)
         self.size = self.buckets[-1].flat.stop
@@ -61,8 +57,8 @@ class FlatBuffers:
         is_early = cfg.overlap_grad_reduce and not is_alone
         self._num_early = len({s.bucket.number for s in self.segments if s.name != WORD}) if is_early else 0
         self._missing: list[int] = []
-        self._reductions: list[_Reduction] = []
-        self._gathers: dict[int, dist.Work] = {}
+        self._reductions: list[Pending] = []
+        self._gathers: dict[int, Pending] = {}
         is_chained = mesh.shards.size > 1 and mesh.instances.size > 1 and mesh.device.type == "cuda"
         self._stream = torch.cuda.Stream() if is_chained else None
         self._partial = self._owned_views([s for s in self.segments if s.shard.is_partial])
@@ -120,17 +116,12 @@ class FlatBuffers:
         """Start summing a bucket: over the shards, each of which keeps its part, then these over the instances."""
         shards, instances = self.mesh.shards, self.mesh.instances
         sent = self.grads[bucket.flat].to(self.wire)
-        part = sent
-        if shards.size > 1:
-            part = self.owned_grads[bucket.owned]
-            part = part if part.dtype == self.wire else torch.empty_like(part, dtype=self.wire)
+        part = self.owned_grads[bucket.owned] if self.wire == torch.float32 else None
         with self._chain():
-            work = start_reduce_scatter(part, sent, shards)
+            reduction = start_reduce_scatter(sent, shards, part)
             if instances.size > 1:
-                if work is not None:
-                    work.wait()
-                work = start_all_reduce(part, instances)
-        self._reductions.append(_Reduction(work, sent, part))
+                reduction = start_all_reduce_(reduction.wait(), instances)
+        self._reductions.append(reduction)
 
     @contextlib.contextmanager
     def _chain(self) -> Iterator[None]:
@@ -148,10 +139,9 @@ class FlatBuffers:
             for bucket in self.buckets[len(self._reductions) :]:
                 self._start(bucket)
             for bucket, reduction in zip(self.buckets, self._reductions, strict=True):
-                if reduction.work is not None:
-                    reduction.work.wait()
+                summed = reduction.wait()
                 if self.wire != torch.float32:
-                    self.owned_grads[bucket.owned].copy_(reduction.part)
+                    self.owned_grads[bucket.owned].copy_(summed)
         _sum_together(self._partial, self.mesh.tp)
         _sum_together(self._tied, self.mesh.embedding)
         return self.owned_grads
@@ -160,9 +150,11 @@ class FlatBuffers:
 
     def start_gather(self, bucket: Bucket) -> None:
         """Take every owner's updated part of a bucket; modules wait for it before they are used."""
-        work = start_all_gather(self.params[bucket.flat], self.params[bucket.part], self.mesh.shards)
-        if work is not None:
-            self._gathers[bucket.number] = work
+        if self.mesh.shards.size == 1:
+            return
+        self._gathers[bucket.number] = start_all_gather(
+            self.params[bucket.part], self.mesh.shards, self.params[bucket.flat]
+        )
         if not self.cfg.overlap_param_gather:
             self.wait_params()
 
@@ -173,8 +165,8 @@ class FlatBuffers:
     def _wait(self, numbers: Sequence[int]) -> None:
         if self._gathers:
             for number in numbers:
-                if (work := self._gathers.pop(number, None)) is not None:
-                    work.wait()
+                if (gather := self._gathers.pop(number, None)) is not None:
+                    gather.wait()
 
     def _wait_before_use(self, chunk: nn.Module) -> None:
         """Let each block wait for its own buckets; what follows the chunk (the loss on its head), for all of them."""
@@ -187,13 +179,7 @@ class FlatBuffers:
 
     def gather_flat(self, bucket: Bucket, part: Tensor) -> Tensor:
         """All entries of a bucket of a flat quantity, in the layout of `params`, from every owner's part of it."""
-        if self.mesh.shards.size == 1:
-            return part
-        whole = part.new_empty(bucket.flat.stop - bucket.flat.start)
-        work = start_all_gather(whole, part, self.mesh.shards)
-        assert work is not None
-        work.wait()
-        return whole
+        return all_gather(part, self.mesh.shards)
 
     def own_part(self, bucket: Bucket, whole: Tensor) -> Tensor:
         """What this rank owns of all entries of a bucket; the reverse of gather_flat."""

@@ -50,7 +50,9 @@ def training(mesh: Mesh, cfg: Config) -> dict[str, Any]:
         "held_out": held_out,
         "gradients": gradients,
         "state": digest(state),
-        "params": digest({name: p.detach() for name, p in run.model.named_parameters()}),
+        "params": digest(
+            {name: p.detach() for name, p in (entry for chunk in run.chunks for entry in chunk.named_parameters())}
+        ),
         "buckets": len(run.buffers.buckets),
     }
 
