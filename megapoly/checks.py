@@ -136,11 +136,31 @@ def check_training(cfg: Config) -> None:
         raise ConfigError("finetune needs load: the checkpoint whose weights to take")
 
 
+def check_replicas(p: ParallelConfig, replicas: int) -> None:
+    """Refuse optimizer instances, buckets and hash intervals that the replicas of the model cannot have."""
+    _positive(num_distributed_optimizer_instances=p.num_distributed_optimizer_instances,
+              ddp_bucket_size=p.ddp_bucket_size)  # fmt: skip
+    instances = p.num_distributed_optimizer_instances
+    if replicas % instances:
+        nearest = min((n for n in range(1, replicas + 1) if replicas % n == 0), key=lambda n: abs(n - instances))
+        raise ConfigError(
+            f"num_distributed_optimizer_instances ({instances}) must divide the {replicas} replicas of the model "
+            f"(data-parallel size x context_parallel_size); {nearest} does"
+        )
+    if p.check_weight_hash_across_dp_replicas_interval < 0:
+        raise ConfigError(
+            "check_weight_hash_across_dp_replicas_interval "
+            f"({p.check_weight_hash_across_dp_replicas_interval}) must be at least 0 (never)"
+        )
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
-    return check_layout(cfg, world_size)
+    dp = check_layout(cfg, world_size)
+    check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
+    return dp
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
