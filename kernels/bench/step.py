@@ -90,17 +90,17 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
             parameter.zero_() if shard.init == "zeros" else parameter.normal_(std=cfg.model.init_method_std)
             if shard.init == "ones":
                 parameter.fill_(1.0)
-    buffers = FlatBuffers(model, mesh, cfg.model.tied)
+    buffers = FlatBuffers([model], mesh, cfg.model.tied, cfg.parallel)
     optimizer = ShardedAdamW(buffers, cfg.optimizer, chosen.adamw)
     mask_BS = torch.ones(sizes.sequences, sizes.length, device=device)
     num_tokens = mask_BS.sum()
 
     def forward(tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        buffers.zero_grad()
+        buffers.begin(1)
         return masked_losses(model, model(tokens_BS), labels_BS, mask_BS, num_tokens)[0]
 
     def update() -> None:
-        grad = buffers.reduce()
+        grad = buffers.finish()
         clip = clip_coefficient(optimizer.global_norm(grad), CLIP)
         optimizer.step(grad, LR, clip)
 

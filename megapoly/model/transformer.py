@@ -42,10 +42,13 @@ class Transformer(nn.Module):
     """Embedding, blocks and head, as far as this stage has them.
 
     Parameters have their global names (`layers.7.attention.qkv.weight` on whichever stage). A tied head on a later
-    stage than the embedding holds a copy of `embedding.word.weight`.
+    stage than the embedding holds `word`, the embedding of another chunk of this rank, or else a copy of it.
     """
 
-    def __init__(self, cfg: Config, vocab_size: int, stage: Stage, place: Placement, backends: Backends) -> None:
+    def __init__(
+        self, cfg: Config, vocab_size: int, stage: Stage, place: Placement, backends: Backends,
+        word: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
         self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
@@ -54,14 +57,14 @@ class Transformer(nn.Module):
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
         if stage.has_embedding or (stage.has_head and m.tied):
-            self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
+            self.embedding["word"] = word or VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)
         modules = redone_modules(cfg.train)
         self.layers = nn.ModuleDict({str(i): Block(m, place, backends, modules) for i in stage.layers})
         if cfg.train.torch_compile:
-            for block in self.layers.values():
-                block.compile()
+            for block in self.layers.values():  # not the module: its hooks, which wait for parameters, stay outside
+                block.forward = torch.compile(block.forward)
         self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
         self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:

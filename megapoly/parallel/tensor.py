@@ -40,13 +40,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go."""
+    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go.
+
+    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives.
+    """
 
     tp: Axis
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
     cp: Axis = Axis("cp")
+    overlaps_chunks: bool = False
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
 
@@ -82,10 +86,14 @@ def shard_of(parameter: nn.Parameter) -> Shard:
     return shard
 
 
-def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """(name, parameter, shard) of every parameter of a module; tied parameters come once."""
-    for name, parameter in module.named_parameters():
-        yield name, parameter, shard_of(parameter)
+def sharded_parameters(*modules: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """(name, parameter, shard) of every parameter of some modules; tied and shared parameters come once."""
+    seen = set()
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter, shard_of(parameter)
 
 
 class VocabParallelEmbedding(nn.Module):
