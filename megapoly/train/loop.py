@@ -8,6 +8,7 @@ from megapoly.checkpoint.save import save_checkpoint
 from megapoly.data.curriculum import describe, summary
 from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
+from megapoly.parallel.mesh import describe_host
 from megapoly.train.metrics import Metrics, progress_line, say_validation
 from megapoly.train.setup import Run
 from megapoly.train.step import evaluate, train_step
@@ -92,6 +93,7 @@ def introduce(run: Run) -> None:
         f"batch {cfg.train.global_batch_size} x {cfg.model.seq_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
+    console.say(describe_host(mesh.device))
     console.say(describe(p.plan))
     if p.start_step:
         assert p.checkpoint is not None
