@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from megapoly.parallel.buckets import WORD, Bucket, Segment, group, lay_out
 from megapoly.parallel.collectives import (
     Pending,
-    all_gather,
     all_reduce_,
     start_all_gather,
     start_all_reduce_,
@@ -116,12 +115,13 @@ class FlatBuffers:
         """Start summing a bucket: over the shards, each of which keeps its part, then these over the instances."""
         shards, instances = self.mesh.shards, self.mesh.instances
         sent = self.grads[bucket.flat].to(self.wire)
-        part = self.owned_grads[bucket.owned] if self.wire == torch.float32 else None
+        part = self.owned_grads[bucket.owned] if self.wire == torch.float32 and shards.size > 1 else None
         with self._chain():
-            reduction = start_reduce_scatter(sent, shards, part)
+            pending = start_reduce_scatter(sent, shards, part)
             if instances.size > 1:
-                reduction = start_all_reduce_(reduction.wait(), instances)
-        self._reductions.append(reduction)
+                # `sent` stays: on a GPU this side stream has waited for it, not the one that would reuse its memory.
+                pending = start_all_reduce_(pending.wait(), instances, keep=sent)
+        self._reductions.append(pending)
 
     @contextlib.contextmanager
     def _chain(self) -> Iterator[None]:
@@ -138,10 +138,11 @@ class FlatBuffers:
         if self.mesh.replicas.size > 1:
             for bucket in self.buckets[len(self._reductions) :]:
                 self._start(bucket)
-            for bucket, reduction in zip(self.buckets, self._reductions, strict=True):
-                summed = reduction.wait()
+            for bucket, pending in zip(self.buckets, self._reductions, strict=True):
+                part = pending.wait()
                 if self.wire != torch.float32:
-                    self.owned_grads[bucket.owned].copy_(summed)
+                    self.owned_grads[bucket.owned].copy_(part)
+            self._reductions = []
         _sum_together(self._partial, self.mesh.tp)
         _sum_together(self._tied, self.mesh.embedding)
         return self.owned_grads
@@ -150,11 +151,9 @@ class FlatBuffers:
 
     def start_gather(self, bucket: Bucket) -> None:
         """Take every owner's updated part of a bucket; modules wait for it before they are used."""
-        if self.mesh.shards.size == 1:
-            return
-        self._gathers[bucket.number] = start_all_gather(
-            self.params[bucket.part], self.mesh.shards, self.params[bucket.flat]
-        )
+        if self.mesh.shards.size > 1:
+            whole, part = self.params[bucket.flat], self.params[bucket.part]
+            self._gathers[bucket.number] = start_all_gather(part, self.mesh.shards, whole)
         if not self.cfg.overlap_param_gather:
             self.wait_params()
 
@@ -165,8 +164,8 @@ class FlatBuffers:
     def _wait(self, numbers: Sequence[int]) -> None:
         if self._gathers:
             for number in numbers:
-                if (gather := self._gathers.pop(number, None)) is not None:
-                    gather.wait()
+                if (pending := self._gathers.pop(number, None)) is not None:
+                    pending.wait()
 
     def _wait_before_use(self, chunk: nn.Module) -> None:
         """Let each block wait for its own buckets; what follows the chunk (the loss on its head), for all of them."""
@@ -179,7 +178,7 @@ class FlatBuffers:
 
     def gather_flat(self, bucket: Bucket, part: Tensor) -> Tensor:
         """All entries of a bucket of a flat quantity, in the layout of `params`, from every owner's part of it."""
-        return all_gather(part, self.mesh.shards)
+        return start_all_gather(part, self.mesh.shards).wait()
 
     def own_part(self, bucket: Bucket, whole: Tensor) -> Tensor:
         """What this rank owns of all entries of a bucket; the reverse of gather_flat."""
