@@ -130,7 +130,11 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
         ({"pipeline_layer_split": [2, 0, 2], "pipeline_model_parallel_size": 3}, 3, ("[2, 0, 2]", "may have none")),
         ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
         ({"num_distributed_optimizer_instances": 3}, 4, ("(3)", "4 replicas", "2 does")),
-        ({"num_distributed_optimizer_instances": 4, "tensor_model_parallel_size": 4}, 8, ("(4)", "2 replicas", "2 does")),
+        (
+            {"num_distributed_optimizer_instances": 4, "tensor_model_parallel_size": 4},
+            8,
+            ("(4)", "2 replicas", "2 does"),
+        ),
         ({"num_distributed_optimizer_instances": 0}, 4, ("(0)",)),
         ({"ddp_bucket_size": 0}, 1, ("(0)",)),
         ({"check_weight_hash_across_dp_replicas_interval": -1}, 1, ("(-1)",)),
