@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ParallelConfig
+from megapoly.sections import Config, ModelConfig, ParallelConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -154,10 +154,24 @@ def check_replicas(p: ParallelConfig, replicas: int) -> None:
         )
 
 
+def check_recompute(t: TrainConfig) -> None:
+    """Refuse recomputation that would do nothing, or other than what is asked for."""
+    _positive(recompute_num_layers=t.recompute_num_layers)
+    known = ("core_attn", "layernorm", "mlp_act")
+    if not t.recompute_modules or set(t.recompute_modules) - set(known):
+        raise ConfigError(f"recompute_modules {t.recompute_modules} must be some of {', '.join(known)}")
+    if t.cpu_offloading and t.recompute_granularity != "full":
+        raise ConfigError(
+            f"cpu_offloading needs recompute_granularity full (it is {t.recompute_granularity}): "
+            "what goes to the host are the inputs of redone blocks"
+        )
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
+    check_recompute(cfg.train)
     dp = check_layout(cfg, world_size)
     check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
     return dp
