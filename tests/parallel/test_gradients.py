@@ -93,10 +93,12 @@ def test_the_sum_of_two_replicas_is_the_same_in_any_buckets(family: str, bucket_
     torch.testing.assert_close(torch.tensor(got["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
 
 
-def starts_of_steps(mesh: Mesh, cfg: Config) -> dict[str, Any]:
+def starts_of_steps(mesh: Mesh, cfg: Config, frozen: str = "none") -> dict[str, Any]:
     """Two steps: (backward passes begun before, bucket) of each reduction, how many began before the step's end."""
     run = tiny_run(mesh, cfg)
     b = run.buffers
+    for segment in b.segments:
+        segment.parameter.requires_grad_(frozen not in segment.name)
     starts: list[tuple[int, int]] = []
     sent: list[Tensor] = []
     begun, before_finish = 0, []
@@ -161,6 +163,13 @@ def test_each_bucket_is_reduced_once_in_order_and_on_the_last_micro_batch(
                 expected[0] -= 1  # made by the last forward pass, before the last backward pass
                 expected[buckets] -= 1
             assert [begun for begun, _ in of_rank["starts"]] == expected
+
+
+def test_frozen_parameters_are_not_waited_for(folder: Path) -> None:
+    cfg = tiny_config(folder, "gpt2", ddp_bucket_size=SMALL)
+    for of_rank in run_ranks(starts_of_steps, cfg, "mlp", dp=2):
+        early = len(of_rank["names"]) - 1
+        assert of_rank["before_finish"] == [early, len(of_rank["names"]) + early]
 
 
 def test_without_overlap_everything_waits_for_the_end(folder: Path) -> None:
@@ -250,12 +259,16 @@ def test_modules_wait_for_their_own_parameters_only(overlap: bool, pp: int, fold
 @pytest.mark.parametrize(
     ("family", "layout", "changes"),
     [
-        ("gpt2", {"dp": 4, "instances": 2}, {}),
+        ("gpt2", {"dp": 4, "instances": 2}, {"recompute_granularity": "selective"}),
         ("gpt2", {"dp": 2, "instances": 2, "pp": 2}, {"overlap_grad_reduce": False}),
         ("gpt2", {"dp": 2, "instances": 1, "pp": 2, "tp": 2}, {"sequence_parallel": True}),
         ("gpt2", {"dp": 2, "instances": 1, "pp": 2}, {"pipeline_schedule": "zb-v", "loss_backend": "fused_linear"}),
         ("gpt_neox", {"dp": 2, "instances": 2, "pp": 2}, {"pipeline_schedule": "zb-h1"}),
-        ("gpt2", {"dp": 2, "instances": 1, "pp": 2}, {"pipeline_schedule": "interleaved"}),
+        (
+            "gpt2",
+            {"dp": 2, "instances": 1, "pp": 2},
+            {"pipeline_schedule": "interleaved", "recompute_granularity": "full"},
+        ),
         ("gpt_neox", {"dp": 4, "instances": 2, "tp": 2}, {"sequence_parallel": True, "overlap_param_gather": False}),
     ],
 )
