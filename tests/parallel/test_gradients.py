@@ -246,12 +246,16 @@ def modules_wait(mesh: Mesh, cfg: Config) -> None:
         assert torch.equal(b.params[bucket.flat], master.to(b.params.dtype))
 
 
-@pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_modules_wait_for_their_own_parameters_only(overlap: bool, pp: int, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "pp", "schedule", "overlap"),
+    [("gpt_neox", 1, None, True), ("gpt2", 2, None, True), ("gpt2", 2, "zb-v", True), ("llama", 1, None, False)],
+)
+def test_modules_wait_for_their_own_parameters_only(
+    family: str, pp: int, schedule: str | None, overlap: bool, folder: Path
+) -> None:
     cfg = tiny_config(
-        folder, "gpt2", bf16=True, ddp_bucket_size=SMALL, overlap_param_gather=overlap, loss_backend="fused_linear",
-        pipeline_model_parallel_size=pp, pipeline_schedule="zb-v" if pp > 1 else None,
+        folder, family, bf16=True, ddp_bucket_size=SMALL, overlap_param_gather=overlap, loss_backend="fused_linear",
+        pipeline_model_parallel_size=pp, pipeline_schedule=schedule,
     )  # fmt: skip
     run_ranks(modules_wait, cfg, dp=2, pp=pp)
 
