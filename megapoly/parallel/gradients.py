@@ -63,6 +63,7 @@ class FlatBuffers:
             view.copy_(segment.parameter.detach())
             segment.parameter.data = view
             segment.parameter.main_grad = self.main_grad(segment)  # type: ignore[attr-defined]
+            segment.parameter.grad_added = lambda: None  # type: ignore[attr-defined]
             if segment.parameter.requires_grad:
                 segment.parameter.register_post_accumulate_grad_hook(self._accumulator(segment))
 
