@@ -89,6 +89,10 @@ class LocalChunks:
             end_T=torch.searchsorted(own_t, after_T, out_int32=True),
         )  # fmt: skip
 
+    def positions(self, _tokens: int, _device: torch.device) -> Tensor:
+        """Each local token's place in its document, int32: as Sequences.positions."""
+        return self.position_t
+
     @property
     def chunk_length(self) -> int:
         """Tokens of one chunk."""

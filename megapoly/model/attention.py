@@ -1,8 +1,9 @@
 """Causal self-attention with grouped key/value heads, split by groups over tensor-parallel ranks."""
 
-from megapoly_kernels import Backends, HeadShape, Sequences, rotary_attention
+from megapoly_kernels import Backends, HeadShape, LocalChunks, Sequences, context_attention, rotary_attention
 from torch import Tensor, nn
 
+from megapoly.parallel.context import KeyExchange
 from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
@@ -19,7 +20,7 @@ class Attention(nn.Module):
 
     def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
         super().__init__()
-        self.backend = backends.attention
+        self.backend, self.cp = backends.attention, place.cp
         queries = m.num_attention_heads // m.num_kv_heads
         self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
         shape = (m.num_kv_heads, queries + 2, m.head_dim, m.hidden_size)
@@ -28,12 +29,14 @@ class Attention(nn.Module):
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )
 
-    def forward(self, x_tH: Tensor, sequences: Sequences, table: RotaryTable | None) -> Tensor:
+    def forward(self, x_tH: Tensor, sequences: Sequences | LocalChunks, table: RotaryTable | None) -> Tensor:
         """x_tH -> the branch, both [tokens of this rank, hidden]."""
         cos, sin = table if table is not None else (None, None)
-        # The projection's backward does not read its output: the kernel may rotate it where it lies.
-        out_ThK = rotary_attention(
-            self.qkv.flat(x_tH), self.shape, sequences, cos, sin, in_place=True, backend=self.backend
-        )
+        qkv_TF = self.qkv.flat(x_tH)
+        if isinstance(sequences, LocalChunks):
+            exchange = KeyExchange(self.cp, sequences.batch)
+            out_ThK = context_attention(qkv_TF, self.shape, sequences, exchange, cos, sin, backend=self.backend)
+        else:  # the projection's backward does not read its output: the kernel may rotate it where it lies
+            out_ThK = rotary_attention(qkv_TF, self.shape, sequences, cos, sin, in_place=True, backend=self.backend)
         result: Tensor = self.output(out_ThK.flatten(1))
         return result

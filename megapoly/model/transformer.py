@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from megapoly_kernels import Backends, Sequences, rotary_table
+from megapoly_kernels import Backends, LocalChunks, Sequences, rotary_table
 from torch import Tensor, nn
 
 from megapoly.checks import padded_vocab_size
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
+from megapoly.parallel.context import chunks_of
 from megapoly.parallel.linear import ColumnParallelLinear, column_parallel_linear
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
@@ -76,12 +77,14 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, hidden_tH: Tensor | None = None) -> Tensor:
         """Run this stage: token ids [batch, sequence], on later stages also the residual stream received.
 
+        Under context parallel the ids are this rank's chunks of each sequence (see parallel/context.py).
+
         Returns the residual stream for the next stage, [tokens of this rank, hidden], or after the last block the
         normed hidden states.
         """
-        residual_tH = self._embed(tokens_BS) if hidden_tH is None else hidden_tH
+        sequences = self._sequences(tokens_BS)
+        residual_tH = self._embed(tokens_BS, sequences) if hidden_tH is None else hidden_tH
         branch_tH: Tensor | None = None
-        sequences = Sequences(tokens_BS.shape[1])
         for block in self.layers.values():
             branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
         if self.stage.has_head:
@@ -90,10 +93,18 @@ class Transformer(nn.Module):
             return result
         return residual_tH if branch_tH is None else residual_tH + branch_tH
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def _sequences(self, tokens_BS: Tensor) -> Sequences | LocalChunks:
+        cp, (batch, length) = self.place.cp, tokens_BS.shape
+        if cp.size == 1:
+            return Sequences(length)
+        whole = length * cp.size
+        chunks = chunks_of(cp.rank, cp.size)
+        return LocalChunks.of(Sequences(whole), batch, whole, chunks, 2 * cp.size, tokens_BS.device)
+
+    def _embed(self, tokens_BS: Tensor, sequences: Sequences | LocalChunks) -> Tensor:
         hidden_tH: Tensor = self.embedding["word"](tokens_BS.flatten())
         if "position" in self.embedding:
-            position_T = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(tokens_BS.shape[0])
+            position_T = sequences.positions(tokens_BS.numel(), tokens_BS.device)
             if self.place.sequence_parallel:
                 position_T = position_T.chunk(self.place.tp.size)[self.place.tp.rank]
             hidden_tH = hidden_tH + self.embedding["position"](position_T)

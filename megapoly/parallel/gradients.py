@@ -53,7 +53,7 @@ class FlatBuffers:
             self.segments.append(Segment(name, parameter, shard, position, end, is_decayed[name], counted))
             position = end
         self.num_decayed = max((s.end for s in self.segments if s.is_decayed), default=0)
-        whole = mesh.dp.size * ALIGNMENT
+        whole = mesh.replicas.size * ALIGNMENT
         self.size = -(-position // whole) * whole
         first = self.segments[0].parameter
         self.params = torch.zeros(self.size, dtype=first.dtype, device=first.device)
@@ -70,8 +70,8 @@ class FlatBuffers:
     @property
     def owned(self) -> slice:
         """The range of the buffer whose optimizer state this data-parallel rank holds."""
-        length = self.size // self.mesh.dp.size
-        return slice(self.mesh.dp.rank * length, (self.mesh.dp.rank + 1) * length)
+        length = self.size // self.mesh.replicas.size
+        return slice(self.mesh.replicas.rank * length, (self.mesh.replicas.rank + 1) * length)
 
     def main_grad(self, segment: Segment) -> Tensor:
         """The fp32 gradient of a parameter, in its shape."""
@@ -96,7 +96,7 @@ class FlatBuffers:
         self._sum([s for s in self.segments if s.shard.is_partial], self.mesh.tp)
         if self.tied:
             self._sum([s for s in self.segments if s.name == "embedding.word.weight"], self.mesh.embedding)
-        return reduce_scatter(self.grads, self.mesh.dp)
+        return reduce_scatter(self.grads, self.mesh.replicas)
 
     def _sum(self, segments: list[Segment], axis: Axis) -> None:
         if axis.size == 1 or not segments:
@@ -108,5 +108,5 @@ class FlatBuffers:
 
     def gather_params(self) -> None:
         """Take every owner's updated range of the parameters."""
-        if self.mesh.dp.size > 1:
-            self.params.copy_(all_gather(self.params[self.owned].clone(), self.mesh.dp))
+        if self.mesh.replicas.size > 1:
+            self.params.copy_(all_gather(self.params[self.owned].clone(), self.mesh.replicas))

@@ -114,12 +114,13 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     cfg, m = prepared.cfg, prepared.cfg.model
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size, mesh.pp.size)
-    place = Placement(mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device)
+    place = Placement(mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp)
     backends = choose_backends(cfg.precision, mesh.device)
     model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), place, backends)
     initialize(model, cfg.train.seed)
     buffers = FlatBuffers(model, mesh, m.tied)
-    tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    shares = mesh.cp.size * (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    tokens = cfg.train.micro_batch_size * m.seq_length // shares
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     assert cfg.data.block_length is not None
     return Run(
