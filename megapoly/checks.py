@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ParallelConfig, TrainConfig
+from megapoly.sections import Config, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -17,7 +17,7 @@ def check_model(m: ModelConfig) -> None:
     _positive(
         num_layers=m.num_layers, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups, kv_channels=m.kv_channels,
-        seq_length=m.seq_length, init_method_std=m.init_method_std,
+        seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
     for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size), ("seq_length", m.seq_length)):
@@ -31,6 +31,10 @@ def check_model(m: ModelConfig) -> None:
     if m.num_attention_heads % m.num_kv_heads:
         raise ConfigError(
             f"num_query_groups ({m.num_kv_heads}) must divide num_attention_heads ({m.num_attention_heads})"
+        )
+    if m.use_mup and m.init_method != "normal":
+        raise ConfigError(
+            f"use_mup scales init_method_std with the width: it needs init_method normal, not {m.init_method}"
         )
     if m.max_positions < m.seq_length:
         raise ConfigError(f"max_position_embeddings ({m.max_positions}) must be at least seq_length ({m.seq_length})")
@@ -97,12 +101,49 @@ def check_layout(cfg: Config, world_size: int) -> int:
     if p.tp_comm_overlap and not p.sequence_parallel:
         raise ConfigError("tp_comm_overlap needs sequence_parallel, whose collectives it overlaps: turn both on")
     dp = world_size // (tp * pp)
-    if t.global_batch_size % (t.micro_batch_size * dp):
-        raise ConfigError(
-            f"global_batch_size ({t.global_batch_size}) must be a multiple of micro_batch_size "
-            f"({t.micro_batch_size}) x data-parallel size ({dp}) = {t.micro_batch_size * dp}"
-        )
+    check_batches(t, dp)
     return dp
+
+
+def check_batches(t: TrainConfig, dp: int) -> None:
+    """Refuse global batches that cannot be dealt out evenly, those of a ramp-up included."""
+    unit, end = t.micro_batch_size * dp, t.global_batch_size
+    product = f"micro_batch_size ({t.micro_batch_size}) x data-parallel size ({dp}) = {unit}"
+    if end % unit:
+        raise ConfigError(f"global_batch_size ({end}) must be a multiple of {product}")
+    check_ramp(t)
+    if t.rampup_batch_size is None:
+        return
+    start, increment, samples = t.rampup_batch_size
+    if uneven := [size for size in range(start, end, increment) if size % unit]:
+        shown = ", ".join(map(str, uneven[:8])) + (", .." if len(uneven) > 8 else "")
+        raise ConfigError(
+            f"rampup_batch_size {start},{increment},{samples} has batches of {shown}, no multiples of {product}; "
+            f"{_nearest_ramp(start, increment, samples, end, unit)}"
+        )
+
+
+def check_ramp(t: TrainConfig) -> None:
+    """Refuse a ramp-up that does not lead to global_batch_size."""
+    if t.rampup_batch_size is None:
+        return
+    if len(t.rampup_batch_size) != 3 or min(t.rampup_batch_size) < 1:
+        raise ConfigError(f"rampup_batch_size {t.rampup_batch_size} must be start,increment,samples, each at least 1")
+    (start, increment, samples), end = t.rampup_batch_size, t.global_batch_size
+    if start >= end or (end - start) % increment:
+        raise ConfigError(
+            f"rampup_batch_size must go from start ({start}) to global_batch_size ({end}) by whole "
+            f"increments ({increment}); {_nearest_ramp(start, increment, samples, end, 1)}"
+        )
+
+
+def _nearest_ramp(start: int, increment: int, samples: int, end: int, unit: int) -> str:
+    """The ramp to `end` nearest to the one asked for whose batches are all multiples of unit, in words."""
+    if end <= unit:
+        return f"batches of {end} leave no room for a ramp"
+    start = min(max(round(start / unit), 1), end // unit - 1) * unit
+    whole = (step for step in range(unit, end - start + 1, unit) if (end - start) % step == 0)
+    return f"the nearest that works is {start},{min(whole, key=lambda step: abs(step - increment))},{samples}"
 
 
 def check_training(cfg: Config) -> None:
@@ -114,7 +155,7 @@ def check_training(cfg: Config) -> None:
         log_interval=cfg.logging.log_interval, peak_tflops=cfg.logging.peak_tflops, adam_eps=o.adam_eps,
         distributed_timeout_minutes=cfg.parallel.distributed_timeout_minutes,
         make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by, vocab_size=cfg.tokenizer.vocab_size,
-        lr_decay_iters=s.lr_decay_iters,
+        lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
     )  # fmt: skip
     for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
@@ -164,6 +205,22 @@ def check_recompute(t: TrainConfig) -> None:
         raise ConfigError(
             f"cpu_offloading needs recompute_granularity full (it is {t.recompute_granularity}): "
             "what goes to the host are the inputs of redone blocks"
+        )
+
+
+def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
+    """Refuse phases of the learning rate that overlap; total_steps is the run's last step."""
+    if s.lr_warmup_init > s.lr:
+        raise ConfigError(f"lr_warmup_init ({s.lr_warmup_init}) must not exceed lr ({s.lr})")
+    decays = s.lr_decay_style not in ("constant", "inverse-square-root")
+    if decays and s.lr_decay_iters is not None and s.lr_decay_iters <= s.lr_warmup_iters:
+        raise ConfigError(f"lr_decay_iters ({s.lr_decay_iters}) must exceed lr_warmup_iters ({s.lr_warmup_iters})")
+    last, stretch = s.lr_decay_iters or total_steps, s.lr_wsd_decay_iters
+    if s.lr_decay_style == "WSD" and stretch and s.lr_warmup_iters < last < s.lr_warmup_iters + stretch:
+        where = "lr_decay_iters" if s.lr_decay_iters else "the run's steps"
+        raise ConfigError(
+            f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "
+            f"at most {last - s.lr_warmup_iters} steps of decay fit"
         )
 
 

@@ -100,6 +100,12 @@ def test_flags_take_megatrons_forms() -> None:
     assert rest == ["word", "--unknown"]
 
 
+def test_a_list_may_stand_in_several_words() -> None:
+    expected = {"rampup_batch_size": [16, 8, 3000], "lr": 1e-3}
+    for words in (["16,8,3000"], ["16", "8", "3000"]):
+        assert parse_flags(["--rampup-batch-size", *words, "--lr", "1e-3"]) == (expected, [])
+
+
 def test_a_misspelt_flag_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"):
         refuse_unknown(["--micro-batch-sise"])

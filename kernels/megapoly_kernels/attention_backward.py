@@ -251,7 +251,7 @@ def backward_tiles(arch: int, dtype: torch.dtype, block_d: int) -> tuple[Tiles, 
 def launch_backward(
     d_out_ThK: Tensor, qkv_TF: Tensor, out_ThK: Tensor, lse_hT: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None,
     position_T: Tensor | None, start_T: Tensor | None, end_T: Tensor | None, slopes_h: Tensor | None,
-    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradient of the packed, unrotated QKV buffer; qkv_TF holds rotated queries and keys as the forward left them."""
     tokens, heads = qkv_TF.shape[0], groups * queries
@@ -267,7 +267,7 @@ def launch_backward(
     options |= dict(
         WINDOWED=window > 0, ALIBI=slopes_h is not None, TMA=tma, PRECISION=precision_of(qkv_TF.dtype)
     )  # fmt: skip
-    d_out_TF, scale = d_out_ThK.flatten(1), head_dim**-0.5 * LOG2_E.value
+    d_out_TF, scale = d_out_ThK.flatten(1), scale * LOG2_E.value
 
     def is_ragged(tiles: Tiles) -> bool:
         return start_T is not None or length % tiles.m != 0 or length % tiles.n != 0 or window > 0

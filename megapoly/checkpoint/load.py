@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
 from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
-from megapoly.checks import check_model
+from megapoly.checks import check_model, check_ramp
 from megapoly.config import SECTIONS, build
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.optim.sharded import ShardedAdamW
@@ -24,7 +24,7 @@ from megapoly.sections import Config, ModelConfig
 # What makes a model another one, after defaults are filled in.
 _DECISIVE = (
     "num_layers hidden_size ffn_size num_attention_heads num_kv_heads head_dim position_embedding_type rotary_dim "
-    "normalization norm_epsilon activation add_bias_linear parallel_residual tied"
+    "normalization norm_epsilon activation add_bias_linear parallel_residual tied width_multiple use_mup"
 ).split()
 _STEP = re.compile(r"step_[0-9]{8,}")
 
@@ -92,6 +92,7 @@ class CheckpointReader:
                     raise ConfigError(f"section '{name}' holds no keys")
             config = Config(**{name: build(cls, tree.get(name, {}), name) for name, cls in SECTIONS.items()})
             check_model(config.model)
+            check_ramp(config.train)
         except ConfigError as error:
             raise CheckpointError(f"{self.folder / 'state.json'}: config: {error}") from None
         return config

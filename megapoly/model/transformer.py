@@ -105,7 +105,8 @@ class Transformer(nn.Module):
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH
-            return result
+            # muP's factor of the logits: the head is linear, so that what enters it may carry the factor.
+            return result / self.m.width_multiple if self.m.use_mup else result
         return joined(branch_tH, residual_tH)
 
     def _run(

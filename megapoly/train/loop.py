@@ -89,7 +89,7 @@ def introduce(run: Run) -> None:
     console.say(
         f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size} on {mesh.device.type}"
         f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; layers per stage {run.layer_split}; "
-        f"batch {cfg.train.global_batch_size} x {cfg.model.seq_length} tokens"
+        f"batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
     console.say(describe(p.plan))

@@ -151,7 +151,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         buffers=buffers,
         optimizer=ShardedAdamW(buffers, cfg.optimizer, chunks[0].backends.adamw),
         pipeline=pipeline,
-        loader=TrainLoader(prepared.plan, prepared.streams, deal),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
         layer_split=split,
     )

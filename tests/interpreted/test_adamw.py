@@ -22,10 +22,10 @@ LENGTH = 4 * BLOCK
 RANGES = [
     Range(0, 1, 0.1),
     Range(1, 5),
-    Range(17, 2048, 0.3),
+    Range(17, 2048, 0.3, 0.25),
     Range(2048, 4095),
     Range(4097, 8191, 0.1),
-    Range(8191, 12295, 0.2),
+    Range(8191, 12295, 0.2, 0.3),
     Range(12300, 12301, 0.1),
     Range(12301, 12301, 0.7),
     Range(13312, 16383, 0.2),
@@ -38,12 +38,13 @@ def state(length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
     return random(length, seed=1), random(length, seed=2), random(length, seed=3).square()
 
 
-def decays(ranges: list[Range], length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """(which entries are in a range, the decay of each), entry by entry."""
-    is_trained, decay = torch.zeros(length, dtype=torch.bool), torch.zeros(length, dtype=torch.float64)
-    for begin, end, weight_decay in ranges:
-        is_trained[begin:end], decay[begin:end] = True, weight_decay
-    return is_trained, decay
+def rules(ranges: list[Range], length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """(which entries are in a range, the decay of each, the factor of its learning rate), entry by entry."""
+    is_trained = torch.zeros(length, dtype=torch.bool)
+    decay, rate = (torch.zeros(length, dtype=torch.float64) for _ in range(2))
+    for begin, end, weight_decay, lr_scale in ranges:
+        is_trained[begin:end], decay[begin:end], rate[begin:end] = True, weight_decay, lr_scale
+    return is_trained, decay, rate
 
 
 @pytest.mark.parametrize("copy", [None, torch.bfloat16, torch.float16, torch.float32])
@@ -54,7 +55,7 @@ def test_three_steps_follow_the_formula_and_leave_the_rest_alone(copy: torch.dty
     before = [x if x is None else x.clone() for x in (master, exp_avg, exp_avg_sq, params)]
     x, m, v = master.double(), exp_avg.double(), exp_avg_sq.double()
     table = RangeTable.build(RANGES, CPU)
-    is_trained, decay = decays(RANGES)
+    is_trained, decay, rate = rules(RANGES)
     for step in (7, 8, 9):
         grad = random(LENGTH, seed=10 + step, scale=3.0)
         g = grad.double() * (scale or 1.0)
@@ -63,7 +64,9 @@ def test_three_steps_follow_the_formula_and_leave_the_rest_alone(copy: torch.dty
             scale=None if scale is None else torch.tensor(scale),
         )  # fmt: skip
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        x = x * (1 - 0.02 * decay) - 0.02 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-3)
+        x = x * (1 - 0.02 * rate * decay) - 0.02 * rate * (m / (1 - 0.9**step)) / (
+            (v / (1 - 0.999**step)).sqrt() + 1e-3
+        )
     for got, expected in ((master, x), (exp_avg, m), (exp_avg_sq, v)):
         close(got[is_trained], expected[is_trained], fp32_roundings=4)
     if params is not None:
@@ -148,7 +151,7 @@ def test_squared_norm_counts_what_is_in_the_ranges_the_same_each_time() -> None:
     table = RangeTable.build(ranges, CPU)
     totals = [squared_norm(x, table, "triton") for _ in range(2)]
     assert torch.equal(*totals)
-    is_counted, _ = decays(ranges, len(x))
+    is_counted, *_ = rules(ranges, len(x))
     assert totals[0].item() == pytest.approx(x[is_counted].double().square().sum().item(), rel=1e-6)
     x[~is_counted] = torch.inf
     assert torch.equal(squared_norm(x, table, "triton"), totals[0])
@@ -160,7 +163,7 @@ def test_operations_are_declared_as_torch_wants() -> None:
     blocks = (table.block_N, table.low_N, table.high_N)
     arguments = (
         master, random(5, seed=1), exp_avg, exp_avg_sq, random(5, seed=2).bfloat16(), torch.tensor(0.5),
-        *blocks, table.decay_N, 1, 0.1, 0.9, 0.95, 1e-8,
+        *blocks, table.decay_N, table.rate_N, 1, 0.1, 0.9, 0.95, 1e-8,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.megapoly.adamw_, arguments)
     torch.library.opcheck(torch.ops.megapoly.squared_norm, (master, *blocks))
