@@ -208,7 +208,9 @@ class PrecisionConfig:
         None, "FP8 in the GEMMs of the blocks (Hopper and later); one scale a tensor, taken when it is used",
         ("tensorwise",),
     )  # fmt: skip
-    accumulate_allreduce_grads_in_fp32: bool = option(True, "sum gradients over ranks in fp32, else in bf16")
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        True, "sum gradients over replicas in fp32, else in bf16 (over micro-batches always in fp32)"
+    )
     attention_softmax_in_fp32: bool = option(True, "softmax statistics in fp32 (no kernel knows another way)")
     fp32_residual_connection: bool = option(False, "keep the residual stream in fp32, over pipeline sends too")
     attention_backend: str = option("auto", "attention with rotary", ("auto", "triton", "sdpa", "flash_attn"))
