@@ -82,10 +82,11 @@ def dry_run(prepared: Prepared, world: int) -> None:
     split = layer_split(cfg, prepared.vocab_size, pp)
     print(cfg.to_yaml())
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
-    print(f"layout: TP {tp} x PP {pp} x DP {dp}; layers per stage {split}; {prepared.num_steps:,} steps")
+    shared = f" x CP {layout.cp}" if layout.cp > 1 else ""
+    print(f"layout: TP {tp} x PP {pp} x DP {dp}{shared}; layers per stage {split}; {prepared.num_steps:,} steps")
     # bf16: 2 bytes of parameters beside 12 of master and moments; fp32: the parameters are the master.
     width, sharded = (2, 12) if cfg.precision.bf16 else (4, 8)
-    state = (width + 4 + sharded / dp) * count / (tp * pp)
+    state = (width + 4 + sharded / (dp * layout.cp)) * count / (tp * pp)
     print(f"memory a rank for parameters, fp32 gradients and optimizer state: about {state / 2**30:.2f} GiB")
     print(describe(prepared.plan))
 
