@@ -76,31 +76,49 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
         )
 
 
+def check_context(cfg: Config) -> None:
+    """Refuse sequences that cannot be dealt out to context-parallel ranks: each holds two of 2 x cp equal chunks."""
+    cp, length = cfg.parallel.context_parallel_size, cfg.model.seq_length
+    _positive(context_parallel_size=cp)
+    chunks = 2 * cp
+    if cp == 1 or length % chunks == 0:
+        return
+    lengths = " or ".join(f"{near:,}" for near in (length // chunks * chunks, -(-length // chunks) * chunks) if near)
+    fewer = next(size for size in range(cp - 1, 0, -1) if size == 1 or length % (2 * size) == 0)
+    raise ConfigError(
+        f"context_parallel_size ({cp}) cuts sequences into {chunks} chunks, which seq_length ({length:,}) does not "
+        f"divide into: use seq_length {lengths}, or context_parallel_size {fewer}"
+    )
+
+
 def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
     _positive(tensor_model_parallel_size=tp)
     for name, size in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_kv_heads),
                        ("ffn_hidden_size", m.ffn_size)):  # fmt: skip
         if size % tp:
             raise ConfigError(f"tensor_model_parallel_size ({tp}) must divide {name} ({size})")
     check_pipeline(m, p)
-    if world_size % (tp * pp):
+    check_context(cfg)
+    if world_size % (tp * cp * pp):
+        context = f"context_parallel_size ({cp}) x " if cp > 1 else ""
         raise ConfigError(
-            f"tensor_model_parallel_size ({tp}) x pipeline_model_parallel_size ({pp}) = {tp * pp} "
+            f"tensor_model_parallel_size ({tp}) x {context}pipeline_model_parallel_size ({pp}) = {tp * cp * pp} "
             f"must divide the world size ({world_size})"
         )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
-    if p.sequence_parallel and (t.micro_batch_size * m.seq_length) % tp:
+    if p.sequence_parallel and (t.micro_batch_size * m.seq_length // cp) % tp:
+        shared = " / context_parallel_size" if cp > 1 else ""
         raise ConfigError(
             f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
-            f"micro_batch_size x seq_length ({t.micro_batch_size * m.seq_length})"
+            f"micro_batch_size x seq_length{shared} ({t.micro_batch_size * m.seq_length // cp})"
         )
     if p.tp_comm_overlap and not p.sequence_parallel:
         raise ConfigError("tp_comm_overlap needs sequence_parallel, whose collectives it overlaps: turn both on")
-    dp = world_size // (tp * pp)
+    dp = world_size // (tp * cp * pp)
     check_batches(t, dp)
     return dp
 

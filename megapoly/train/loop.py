@@ -92,7 +92,8 @@ def introduce(run: Run) -> None:
         f"{flops_per_token(cfg.model, p.vocab_size) / 1e9:.3g} GFLOP a token"
     )
     console.say(
-        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size} on {mesh.device.type}"
+        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size}"
+        f"{f' x CP {mesh.cp.size}' if mesh.cp.size > 1 else ''} on {mesh.device.type}"
         f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; layers per stage {run.layer_split}; "
         f"batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
     )

@@ -82,7 +82,8 @@ def dry_run(prepared: Prepared, world: int) -> None:
     split = layer_split(cfg, prepared.vocab_size)
     print(cfg.to_yaml())
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
-    print(f"layout: TP {tp} x PP {pp} x DP {dp}; layers per stage {split}; {prepared.num_steps:,} steps")
+    shared = f" x CP {layout.cp}" if layout.cp > 1 else ""
+    print(f"layout: TP {tp} x PP {pp} x DP {dp}{shared}; layers per stage {split}; {prepared.num_steps:,} steps")
     width, shards = 2 if cfg.precision.bf16 else 4, world // (tp * pp * layout.instances)
     # Two moments; master weights, unless they are the parameters; the sum of the gradients, unless it stays in place.
     sharded = 8 + 4 * (width == 2 or shards > 1) + 4 * (shards > 1)

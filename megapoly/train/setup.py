@@ -97,7 +97,7 @@ class Run:
             "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "data": self.prepared.data_hashes,
-            "layout": {"tp": self.mesh.tp.size, "pp": self.mesh.pp.size, "dp": self.mesh.dp.size},
+            "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
             "config": self.cfg.to_dict(),
         }
 
