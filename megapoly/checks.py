@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig
+from megapoly.sections import Config, ModelConfig, ParallelConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -44,29 +44,49 @@ def check_model(m: ModelConfig) -> None:
             )
 
 
+def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
+    """Refuse a schedule for another number of chunks, and stages that no layer is left for."""
+    pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
+    _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
+    wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
+    if p.chunks != wanted:
+        other = "" if p.schedule == "zb-v" and p.chunks == 1 else f"; interleaved takes {p.chunks}"
+        raise ConfigError(
+            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}"
+            + other
+        )
+    if p.stages > m.num_layers + 2:
+        most = (m.num_layers + 2) // p.chunks
+        way_out = f"pipeline_model_parallel_size {most}" if most else f"{(m.num_layers + 2) // pp} chunks"
+        raise ConfigError(
+            f"pipeline_model_parallel_size ({pp}) x {p.chunks} chunks of a rank = {p.stages} stages are too many for "
+            f"num_layers ({m.num_layers}): only the first and the last may have none; {way_out} can be had"
+        )
+    split = p.pipeline_layer_split
+    if split is not None and (
+        len(split) != p.stages or sum(split) != m.num_layers or min(split) < 0 or 0 in split[1:-1]
+    ):
+        raise ConfigError(
+            f"pipeline_layer_split {split} must name {p.stages} stages (pipeline_model_parallel_size {pp} x "
+            f"{p.chunks} chunks) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
+        )
+
+
 def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    _positive(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    _positive(tensor_model_parallel_size=tp)
     for name, size in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_kv_heads),
                        ("ffn_hidden_size", m.ffn_size)):  # fmt: skip
         if size % tp:
             raise ConfigError(f"tensor_model_parallel_size ({tp}) must divide {name} ({size})")
-    if pp > m.num_layers:
-        raise ConfigError(f"pipeline_model_parallel_size ({pp}) must not exceed num_layers ({m.num_layers})")
+    check_pipeline(m, p)
     if world_size % (tp * pp):
         raise ConfigError(
             f"tensor_model_parallel_size ({tp}) x pipeline_model_parallel_size ({pp}) = {tp * pp} "
             f"must divide the world size ({world_size})"
         )
-    if p.pipeline_layer_split is not None:
-        split = p.pipeline_layer_split
-        if len(split) != pp or sum(split) != m.num_layers or min(split) < 0 or 0 in split[1:-1]:
-            raise ConfigError(
-                f"pipeline_layer_split {split} must name {pp} stages (pipeline_model_parallel_size) "
-                f"that sum to num_layers ({m.num_layers}); only the first and the last may have none"
-            )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
     if p.sequence_parallel and (t.micro_batch_size * m.seq_length) % tp:

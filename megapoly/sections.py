@@ -147,7 +147,9 @@ class ParallelConfig:
         None, "order of passes (default: 1f1b, with several chunks interleaved)",
         ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
     )  # fmt: skip
-    num_virtual_stages_per_pipeline_rank: int | None = option(None, "model chunks a rank (default 1; zb-v: 2)")
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "model chunks a rank (default 1; interleaved and zb-v: 2)"
+    )
     pipeline_layer_split: list[int] | None = option(
         None, "layers of each stage (of all chunks in the order of the model) by hand, e.g. 3,2 (default: by cost)"
     )
@@ -163,6 +165,22 @@ class ParallelConfig:
     )
     distributed_backend: str | None = option(None, "nccl or gloo (default: nccl on CUDA)", ("nccl", "gloo"))
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer ends the job")
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the model that a pipeline rank holds."""
+        folds = self.pipeline_schedule in ("interleaved", "zb-v")
+        return self.num_virtual_stages_per_pipeline_rank or (2 if folds else 1)
+
+    @property
+    def schedule(self) -> str:
+        """The order of passes."""
+        return self.pipeline_schedule or ("interleaved" if self.chunks > 1 else "1f1b")
+
+    @property
+    def stages(self) -> int:
+        """Parts that the model is cut into."""
+        return self.pipeline_model_parallel_size * self.chunks
 
 
 @dataclass(frozen=True, kw_only=True)

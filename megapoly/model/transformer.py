@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from megapoly.checks import padded_vocab_size
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
-from megapoly.parallel.collectives import enter_tensor_parallel
+from megapoly.parallel.linear import ColumnParallelLinear, column_parallel_linear
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
-    ColumnParallelLinear,
     Placement,
     Shard,
     VocabParallelEmbedding,
@@ -38,10 +37,13 @@ class Transformer(nn.Module):
     """Embedding, blocks and head, as far as this stage has them.
 
     Parameters have their global names (`layers.7.attention.qkv.weight` on whichever stage). A tied head on a later
-    stage than the embedding holds a copy of `embedding.word.weight`.
+    stage than the embedding holds `word`, the embedding of another chunk of this rank, or else a copy of it.
     """
 
-    def __init__(self, cfg: Config, vocab_size: int, stage: Stage, place: Placement, backends: Backends) -> None:
+    def __init__(
+        self, cfg: Config, vocab_size: int, stage: Stage, place: Placement, backends: Backends,
+        word: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
         self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
@@ -50,7 +52,7 @@ class Transformer(nn.Module):
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
         if stage.has_embedding or (stage.has_head and m.tied):
-            self.embedding["word"] = VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
+            self.embedding["word"] = word or VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)
         self.layers = nn.ModuleDict({str(i): Block(m, place, backends) for i in stage.layers})
@@ -102,5 +104,4 @@ class Transformer(nn.Module):
 
     def logits(self, normed_tH: Tensor) -> Tensor:
         """Normed hidden states -> this rank's columns of the logits, [all tokens, vocabulary rows of this shard]."""
-        normed_TH = enter_tensor_parallel(normed_tH, self.place.tp, self.place.sequence_parallel)
-        return F.linear(normed_TH, self.head_weight)
+        return column_parallel_linear(normed_tH, self.head_weight, None, self.place)

@@ -4,7 +4,7 @@ All parameters of a rank lie in one contiguous buffer, decayed matrices first, a
 Each data-parallel rank owns one equal range of it (ZeRO-1; Rajbhandari et al. 2020, arXiv 1910.02054).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +31,15 @@ class Segment:
 
 
 class FlatBuffers:
-    """The parameters of a model, moved into one buffer, with fp32 main gradients beside it.
+    """The parameters of a rank's part of a model, moved into one buffer, with fp32 main gradients beside it.
 
     A parameter's main gradient is also its attribute `main_grad`, for operations that add to it themselves.
     `tied`: the last stage holds a copy of the first one's embedding, and their gradients belong together.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, tied: bool) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], mesh: Mesh, tied: bool) -> None:
         self.mesh, self.tied = mesh, tied
-        named = list(sharded_parameters(model))
+        named = list(sharded_parameters(*chunks))
         # Matrices decay, biases and norms do not. qkv and gated biases have several dimensions but are still biases.
         is_decayed = {name: not name.endswith("bias") and parameter.dim() > 1 for name, parameter, _ in named}
         named.sort(key=lambda entry: not is_decayed[entry[0]])
@@ -63,6 +63,7 @@ class FlatBuffers:
             view.copy_(segment.parameter.detach())
             segment.parameter.data = view
             segment.parameter.main_grad = self.main_grad(segment)  # type: ignore[attr-defined]
+            segment.parameter.grad_added = lambda: None  # type: ignore[attr-defined]
             if segment.parameter.requires_grad:
                 segment.parameter.register_post_accumulate_grad_hook(self._accumulator(segment))
 

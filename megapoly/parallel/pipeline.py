@@ -1,93 +1,158 @@
-"""The executor of pipeline schedules: runs a rank's actions and moves activations between neighbours.
+"""The executor of pipeline schedules: runs this rank's actions and moves what they make to where it is taken.
 
-What an action needs is received, and what it made is sent, in one batch between two actions, so that both directions
-progress at once and no pair of ranks can wait for each other.
+Every rank knows all lists, and so which messages pass in which gap between two actions (`timeline.planned`). A gap's
+messages are posted together, and nobody waits for them there: a rank waits only when an action takes what has not come.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapoly.parallel.mesh import Axis
-from megapoly.parallel.schedule import Action
+from megapoly.parallel.schedule import Action, Message, Placement, all_lists, forwards_of
+from megapoly.parallel.timeline import Transfer, planned
+from megapoly.parallel.weight_gradients import WeightGradients
 
-# Forward of a micro-batch on this stage: (number, activations from the previous stage or None) -> the activations for
-# the next stage or, on the last, the scalar to be minimised.
-StageForward = Callable[[int, Tensor | None], Tensor]
+# Forward of a micro-batch through a chunk: (chunk, number, activations from the global stage before or None) -> the
+# activations for the next one or, on the last, the scalar to be minimised.
+StageForward = Callable[[int, int, Tensor | None], Tensor]
+
+
+class Program(NamedTuple):
+    """What a rank does: its actions, and the transfers before each of them and after the last."""
+
+    actions: Sequence[Action]
+    gaps: list[list[Transfer]]
 
 
 class Pipeline:
-    """Runs schedules over the pipeline axis.
+    """Runs a schedule over the pipeline axis.
 
     Activations between stages have one shape, [tokens of this rank, hidden], and the residual stream's type.
     """
 
-    def __init__(self, pp: Axis, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.pp, self.shape, self.dtype, self.device = pp, shape, dtype, device
-        self._sends: deque[tuple[list[dist.Work], Tensor]] = deque()
+    def __init__(
+        self, pp: Axis, schedule: str, placement: Placement, shape: tuple[int, int], dtype: torch.dtype,
+        device: torch.device, weight_gradients: WeightGradients,
+    ) -> None:  # fmt: skip
+        self.pp, self.schedule, self.placement = pp, schedule, placement
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.weight_gradients = weight_gradients
+        self._programs: dict[tuple[int, bool], Program] = {}
 
-    def run(self, actions: Sequence[Action], forward: StageForward) -> None:
-        """Run the actions in order; gradients accumulate in the parameters."""
-        inputs: dict[int, Tensor | None] = {}
-        outputs: dict[int, Tensor] = {}
-        received = self._exchange(None, None, actions[0])
-        for position, action in enumerate(actions):
-            i = action.microbatch
-            made: Tensor | None
-            if action.kind == "F":
-                inputs[i] = received
-                made = outputs[i] = forward(i, received)
-            else:
-                torch.autograd.backward(outputs.pop(i), received)
-                entered = inputs.pop(i)
-                made = None if entered is None else entered.grad
-            if not torch.is_grad_enabled():
-                inputs.pop(i)
-                outputs.pop(i)
-            following = actions[position + 1] if position + 1 < len(actions) else None
-            received = self._exchange(action, made, following)
-        while self._sends:
-            self._wait_oldest_send()
+    def program(self, microbatches: int, backward: bool) -> Program:
+        """This rank's part of the schedule; without backward, its forwards in their order."""
+        if (microbatches, backward) not in self._programs:
+            lists = all_lists(self.schedule, self.pp.size, self.placement.chunks, microbatches)
+            if not backward:
+                lists = forwards_of(lists)
+            rank = self.pp.rank
+            self._programs[microbatches, backward] = Program(lists[rank], planned(lists, self.placement)[rank])
+        return self._programs[microbatches, backward]
 
-    def _exchange(self, done: Action | None, made: Tensor | None, following: Action | None) -> Tensor | None:
-        """Send what `done` made and receive what `following` needs, together."""
-        operations = []
-        received = None
-        if following is not None and (peer := self._source(following)) is not None:
-            received = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            operations.append(dist.P2POp(dist.irecv, received, group=self.pp.group, group_peer=peer))
-        payload = None
-        if done is not None and made is not None and (peer := self._target(done)) is not None:
-            payload = made.detach().contiguous()
-            operations.append(dist.P2POp(dist.isend, payload, group=self.pp.group, group_peer=peer))
-        if not operations:
+    def run(self, microbatches: int, forward: StageForward) -> None:
+        """Take all micro-batches through the pipeline; gradients, where enabled, accumulate in the parameters."""
+        program = self.program(microbatches, torch.is_grad_enabled())
+        mail, passes = _Mail(self), _Passes(forward, self.weight_gradients)
+        for action, transfers in zip(program.actions, program.gaps, strict=False):
+            mail.exchange(transfers)
+            mail.send(action, passes.run(action, mail.take(action)))
+        mail.exchange(program.gaps[-1])
+        mail.finish()
+
+
+class _Passes:
+    """Forward and backward passes of a run, and what is kept between them: graphs, but no tensor beside them."""
+
+    def __init__(self, forward: StageForward, weight_gradients: WeightGradients) -> None:
+        self.forward, self.weight_gradients = forward, weight_gradients
+        self._inputs: dict[tuple[int, int], Tensor | None] = {}
+        self._outputs: dict[tuple[int, int], GradientEdge] = {}
+        self._weights: dict[tuple[int, int], list[Callable[[], None]]] = {}
+
+    def run(self, action: Action, taken: Tensor | None) -> Tensor | None:
+        """Do an action with the activations or the gradient it takes; returns what goes to its target."""
+        key = action.chunk, action.microbatch
+        if action.kind == "F":
+            return self._forward(action, taken)
+        if action.kind == "W":
+            for compute in self._weights.pop(key):
+                compute()
             return None
+        if action.kind == "B":
+            torch.autograd.backward((self._outputs.pop(key),), (taken,))
+        else:
+            with self.weight_gradients.deferred() as self._weights[key]:
+                torch.autograd.backward((self._outputs.pop(key),), (taken,))
+        entered = self._inputs.pop(key)
+        return None if entered is None else entered.grad
+
+    def _forward(self, action: Action, entered: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.forward(action.chunk, action.microbatch, entered)
+        key = action.chunk, action.microbatch
+        self._inputs[key] = None if entered is None else entered.requires_grad_()
+        made = self.forward(action.chunk, action.microbatch, entered)
+        self._outputs[key] = get_gradient_edge(made)  # what was sent need not stay
+        return made.detach()
+
+
+class _Mail:
+    """The messages of a run, between ranks and between chunks of this one."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.rank = pipeline, pipeline.pp.rank
+        self._made: dict[Message, Tensor] = {}
+        self._came: dict[Message, tuple[Tensor, dist.Work | None]] = {}
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def exchange(self, transfers: list[Transfer]) -> None:
+        """Post a gap's sends and receives in one batch."""
+        if not transfers:
+            return
+        operations = []
+        for sends, message in transfers:
+            p = self.pipeline
+            tensor = self._made.pop(message) if sends else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            way, peer = (dist.isend, message.target) if sends else (dist.irecv, message.source)
+            operations.append(dist.P2POp(way, tensor, group=p.pp.group, group_peer=peer))
         works = dist.batch_isend_irecv(operations)
-        if received is not None:
-            works[0].wait()
-            if following is not None and following.kind == "F" and torch.is_grad_enabled():
-                received.requires_grad_()
-        if payload is not None:
-            # Bounded by the number of stages, not of micro-batches: the oldest send has long been taken.
-            self._sends.append(([works[-1]], payload))
-            if len(self._sends) > 2 * self.pp.size:
-                self._wait_oldest_send()
-        return received
+        works = works * (len(operations) // len(works))  # NCCL has one for the whole batch
+        for (sends, message), operation, work in zip(transfers, operations, works, strict=True):
+            if sends:
+                self._sent.append((work, operation.tensor))
+            else:
+                self._came[message] = operation.tensor, work
+        while len(self._sent) > 2 * self.pipeline.pp.size:  # bounded by the stages, not by the micro-batches
+            self._sent.popleft()[0].wait()
 
-    def _wait_oldest_send(self) -> None:
-        works, _ = self._sends.popleft()
-        for work in works:
+    def send(self, action: Action, made: Tensor | None) -> None:
+        """Have what an action made go to its target: in the next exchange, or at once to a chunk of this rank."""
+        message = self.pipeline.placement.sent(self.rank, action)
+        if message is None:
+            return
+        assert made is not None
+        if message.target == self.rank:
+            self._came[message] = made, None
+        else:
+            self._made[message] = made.contiguous()
+
+    def take(self, action: Action) -> Tensor | None:
+        """What an action takes, once it is there."""
+        message = self.pipeline.placement.taken(self.rank, action)
+        if message is None:
+            return None
+        tensor, work = self._came.pop(message)
+        if work is not None:
             work.wait()
+        return tensor
 
-    def _source(self, action: Action) -> int | None:
-        if action.kind == "F":
-            return None if self.pp.is_first else self.pp.rank - 1
-        return None if self.pp.is_last else self.pp.rank + 1
-
-    def _target(self, action: Action) -> int | None:
-        if action.kind == "F":
-            return None if self.pp.is_last else self.pp.rank + 1
-        return None if self.pp.is_first else self.pp.rank - 1
+    def finish(self) -> None:
+        """Let the last sends go."""
+        while self._sent:
+            self._sent.popleft()[0].wait()

@@ -26,12 +26,31 @@ class Action(NamedTuple):
     chunk: int = 0
 
 
+class Message(NamedTuple):
+    """Activations (for an 'F') or gradients (for a 'B') on their way from a rank to a chunk of a rank."""
+
+    source: int
+    target: int
+    kind: str
+    chunk: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        what = "activations" if self.kind == "F" else "gradients"
+        return f"{what} of micro-batch {self.microbatch} from rank {self.source} to chunk {self.chunk} of {self.target}"
+
+
 class Placement(NamedTuple):
     """Which global stage each chunk of each rank is; `folded` turns round at the last rank and at the first."""
 
     stages: int
     chunks: int = 1
     folded: bool = False
+
+    @property
+    def ends_apart(self) -> bool:
+        """Whether the first and the last global stage are on different ranks."""
+        return self.owner(0)[0] != self.owner(self.stages * self.chunks - 1)[0]
 
     def stage_of(self, rank: int, chunk: int) -> int:
         """The global stage, from 0 to stages x chunks - 1."""
@@ -50,6 +69,20 @@ class Placement(NamedTuple):
     def target(self, rank: int, action: Action) -> tuple[int, int] | None:
         """The rank and chunk that take what an action makes; None: nobody."""
         return self._neighbour(rank, action, {"F": 1, "B": -1, "I": -1})
+
+    def taken(self, rank: int, action: Action) -> Message | None:
+        """The message that an action begins with, from another rank or from a chunk of this one."""
+        source = self.source(rank, action)
+        if source is None:
+            return None
+        return Message(source[0], rank, "F" if action.kind == "F" else "B", action.chunk, action.microbatch)
+
+    def sent(self, rank: int, action: Action) -> Message | None:
+        """The message that an action ends in, to another rank or to a chunk of this one."""
+        target = self.target(rank, action)
+        if target is None:
+            return None
+        return Message(rank, target[0], "F" if action.kind == "F" else "B", target[1], action.microbatch)
 
     def _neighbour(self, rank: int, action: Action, steps: dict[str, int]) -> tuple[int, int] | None:
         if action.kind not in steps:
@@ -73,6 +106,16 @@ def schedule_for(name: str, rank: int, stages: int, chunks: int, microbatches: i
     return {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-v": zb_v}[name](rank, stages, microbatches)
 
 
+def all_lists(name: str, stages: int, chunks: int, microbatches: int) -> list[list[Action]]:
+    """The actions of every rank."""
+    return [schedule_for(name, rank, stages, chunks, microbatches) for rank in range(stages)]
+
+
+def forwards_of(lists: list[list[Action]]) -> list[list[Action]]:
+    """The forwards of every rank in their order, for evaluation: they wait for nothing but forwards."""
+    return [[action for action in actions if action.kind == "F"] for actions in lists]
+
+
 def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> None:
     """Refuse numbers that a schedule does not exist for."""
     if name not in SCHEDULES:
@@ -86,14 +129,9 @@ def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> N
         raise ScheduleError(f"chunks ({chunks}) must be 1 for {name}; interleaved takes {chunks} chunks")
 
 
-def forward_only(microbatches: int) -> list[Action]:
-    """Evaluation: forwards in order."""
-    return [Action("F", i) for i in range(microbatches)]
-
-
 def gpipe(rank: int, stages: int, microbatches: int) -> list[Action]:
     """GPipe (Huang et al. 2019, arXiv 1811.06965): all forwards, then all backwards, the same on every rank."""
-    return forward_only(microbatches) + [Action("B", i) for i in range(microbatches)]
+    return [Action(kind, i) for kind in ("F", "B") for i in range(microbatches)]
 
 
 def one_f_one_b(rank: int, stages: int, microbatches: int) -> list[Action]:

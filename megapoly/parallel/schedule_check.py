@@ -4,17 +4,24 @@ Every check raises InvalidSchedule with the first rank and action that break it.
 """
 
 import itertools
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
-from megapoly.parallel.schedule import Action, Placement, check_arguments, group_sizes, placement_for, schedule_for
+from megapoly.parallel.schedule import (
+    Action,
+    Message,
+    Placement,
+    all_lists,
+    check_arguments,
+    group_sizes,
+    placement_for,
+)
 from megapoly.parallel.timeline import (
     Costs,
     Exchanges,
     InvalidSchedule,
     Lists,
-    Message,
     Timeline,
     Transfer,
     name_of,
@@ -45,7 +52,7 @@ def check_schedule(name: str, stages: int, chunks: int, microbatches: int, costs
     """Prove the lists of a schedule; ScheduleError where it does not exist for these numbers."""
     check_arguments(name, stages, chunks, microbatches)
     costs = costs or Costs()
-    lists = [schedule_for(name, rank, stages, chunks, microbatches) for rank in range(stages)]
+    lists = all_lists(name, stages, chunks, microbatches)
     timeline = check_lists(lists, placement_for(name, stages, chunks), microbatches, costs)
     for rank, actions in enumerate(lists):
         check_peak(actions, rank, expected_peak(name, rank, stages, chunks, microbatches))
@@ -64,7 +71,7 @@ def check_lists(lists: Lists, placement: Placement, microbatches: int, costs: Co
     timeline = simulate(lists, placement, costs)
     exchanges = planned(lists, placement)
     for manner in MANNERS:
-        check_exchanges(exchanges, lists, manner)
+        check_exchanges(exchanges, lists, placement, manner)
     for rank, (gaps, actions) in enumerate(zip(exchanges, lists, strict=True)):
         if (buffers := held(gaps, actions)) > MOST_HELD * placement.stages:
             problem = f"{buffers} received messages wait, more than {MOST_HELD} x stages ({placement.stages})"
@@ -101,28 +108,26 @@ def check_complete(actions: Sequence[Action], rank: int, chunks: int, microbatch
                 raise InvalidSchedule(rank, len(actions), missing, "is missing")
 
 
-def check_exchanges(exchanges: Exchanges, lists: Lists, manner: Manner) -> None:
-    """Run the exchanges with rendezvous between ranks: no deadlock, and each receive gets the message it expects.
+def check_exchanges(exchanges: Exchanges, lists: Lists, placement: Placement, manner: Manner) -> None:
+    """Run the exchanges with rendezvous between ranks: no deadlock, and each action takes what has been received.
 
-    Messages from one rank to another are matched in the order posted, without tags.
+    Messages from one rank to another are matched in the order begun, without tags.
     """
-    walks = [_Walk(gaps, manner, 2 * len(exchanges)) for gaps in exchanges]
-    posted: Posted = defaultdict(list)
-    while any([walk.advance(posted) for walk in walks]):
-        for rank, walk in enumerate(walks):
-            if walk.mismatch is not None:
-                expected, found = walk.mismatch
-                problem = f"takes {expected}, but the other end has {found} in that place"
-                raise InvalidSchedule(rank, walk.gap, _what(lists[rank], walk.gap), problem)
-    for rank, walk in enumerate(walks):
+    begun: Begun = defaultdict(list)
+    walks = [
+        _Walk(rank, gaps, actions, placement, manner, begun)
+        for rank, (gaps, actions) in enumerate(zip(exchanges, lists, strict=True))
+    ]
+    while any([walk.advance() for walk in walks]):
+        pass
+    for walk in walks:
         if walk.waits:
-            chain = [rank]
+            chain = [walk.rank]
             while (peer := walks[chain[-1]].peer()) is not None and chain.count(peer) < 1:
                 chain.append(peer)
             transfer = walk.waits[0][0]
             ring = " -> ".join(map(str, chain if peer is None else [*chain, peer]))
-            problem = f"deadlock: waits to {'send' if transfer.sends else 'receive'} {transfer.message}; ranks {ring}"
-            raise InvalidSchedule(rank, walk.gap, _what(lists[rank], walk.gap), problem)
+            walk.fail(f"deadlock: waits to {'send' if transfer.sends else 'receive'} {transfer.message}; ranks {ring}")
 
 
 def held(gaps: list[list[Transfer]], actions: Sequence[Action]) -> int:
@@ -137,52 +142,64 @@ def held(gaps: list[list[Transfer]], actions: Sequence[Action]) -> int:
     return max(itertools.accumulate(change))
 
 
-Posted = defaultdict[tuple[bool, int, int], list[Message]]  # (whether sends, source, target) -> in the order posted
+Begun = defaultdict[tuple[bool, int, int], list[Message]]  # (whether sends, source, target) -> in the order begun
 
 
 class _Walk:
-    """A rank on its way through its exchanges."""
+    """A rank on its way through its list, and its batches on theirs."""
 
-    def __init__(self, gaps: list[list[Transfer]], manner: Manner, most_open: int) -> None:
-        self.manner, self.most_open = manner, most_open
-        self.steps: list[tuple[int, list[Transfer]]] = []
-        for gap, transfers in enumerate(gaps):
-            self.steps += [(gap, [t]) for t in transfers] if manner == "blocking" else [(gap, transfers)]
-        self.place = self.gap = 0
-        self.waits: list[tuple[Transfer, int]] = []  # with their numbers in the order posted
-        self.open: deque[tuple[Transfer, int]] = deque()
-        self.mismatch: tuple[Message, Message] | None = None
+    def __init__(
+        self, rank: int, gaps: list[list[Transfer]], actions: Sequence[Action], placement: Placement, manner: Manner,
+        begun: Begun,
+    ) -> None:  # fmt: skip
+        self.rank, self.actions, self.begun = rank, actions, begun
+        self.batches: list[list[Transfer]] = []
+        self.plan: list[tuple[int, int]] = []  # for each gap: batches posted so far, and those to be done to go on
+        self.gap = self.started = 0
+        self.waits: list[tuple[Transfer, int]] = []  # of the last batch started, with their numbers in the order begun
+        comes: dict[Message, int] = {}
+        goes: list[int] = []
+        most_open = 2 * placement.stages
+        for self.gap, transfers in enumerate(gaps):
+            for batch in [[t] for t in transfers] if manner == "blocking" else [transfers] if transfers else []:
+                self.batches.append(batch)
+                comes |= {message: len(self.batches) for sends, message in batch if not sends}
+                goes += [len(self.batches) for sends, _ in batch if sends]
+            taken = placement.taken(rank, actions[self.gap]) if self.gap < len(actions) else None
+            if taken is not None and taken.source != rank and taken not in comes:
+                self.fail(f"takes {taken}, which has not been received")
+            needed = len(self.batches)
+            if manner == "executor" and self.gap < len(actions):
+                oldest_sends = goes[-1 - most_open] if len(goes) > most_open else 0
+                needed = max(0 if taken is None else comes.get(taken, 0), oldest_sends)
+            self.plan.append((len(self.batches), needed))
+        self.gap = 0
 
-    def advance(self, posted: Posted) -> bool:
+    def advance(self) -> bool:
         """Go on as far as can be; False: not a step."""
         moved = False
         while True:
-            self.waits = [wait for wait in self.waits if not self._met(*wait, posted)]
-            if self.waits or self.mismatch is not None:
-                return moved or self.mismatch is not None
-            if self.place == len(self.steps):
-                self.waits += self.open
-                self.open.clear()
-                if not self.waits:
-                    return moved
-                continue
-            self.gap, transfers = self.steps[self.place]
-            for transfer in transfers:
-                own = posted[transfer.sends, transfer.message.source, transfer.message.target]
-                pending = self.open if transfer.sends and self.manner == "executor" else self.waits
-                pending.append((transfer, len(own)))
-                own.append(transfer.message)
-            while len(self.open) > self.most_open:
-                self.waits.append(self.open.popleft())
-            self.place += 1
+            self.waits = [wait for wait in self.waits if not self._met(*wait)]
+            posted, needed = self.plan[self.gap]
+            if not self.waits and self.started < posted:
+                for transfer in self.batches[self.started]:
+                    own = self.begun[transfer.sends, transfer.message.source, transfer.message.target]
+                    self.waits.append((transfer, len(own)))
+                    own.append(transfer.message)
+                self.started += 1
+            elif self.started - bool(self.waits) >= needed and self.gap < len(self.actions):
+                self.gap += 1
+            else:
+                return moved
             moved = True
 
-    def _met(self, transfer: Transfer, number: int, posted: Posted) -> bool:
-        other = posted[not transfer.sends, transfer.message.source, transfer.message.target]
+    def _met(self, transfer: Transfer, number: int) -> bool:
+        sends, message = transfer
+        other = self.begun[not sends, message.source, message.target]
         if number >= len(other):
             return False
-        if other[number] != transfer.message:
-            self.mismatch = transfer.message, other[number]
+        if other[number] != message:
+            self.fail(f"{'sends' if sends else 'takes'} {message}, but the other end has {other[number]} in that place")
         return True
 
     def peer(self) -> int | None:
@@ -192,9 +209,11 @@ class _Walk:
         sends, message = self.waits[0][0]
         return message.target if sends else message.source
 
-
-def _what(actions: Sequence[Action], gap: int) -> str:
-    return f"before {name_of(actions[gap])}" if gap < len(actions) else "after the last"
+    def fail(self, problem: str) -> NoReturn:
+        """Refuse the lists where this rank is."""
+        is_over = self.gap == len(self.actions)
+        what = "after the last" if is_over else f"before {name_of(self.actions[self.gap])}"
+        raise InvalidSchedule(self.rank, self.gap, what, problem)
 
 
 def peak(actions: Sequence[Action]) -> int:

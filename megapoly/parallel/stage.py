@@ -1,16 +1,14 @@
-"""Which layers a pipeline stage holds: consecutive runs of least greatest cost, embedding and head included."""
+"""Which layers a global stage holds: consecutive runs of least greatest cost, embedding and head included."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megapoly.parallel.mesh import Axis
-
 
 @dataclass(frozen=True)
 class Stage:
-    """The part of the model on one pipeline rank: layers first to end - 1, and whether it has embedding and head."""
+    """A consecutive part of the model: layers first to end - 1, and whether it has embedding and head."""
 
     first_layer: int
     end_layer: int
@@ -65,7 +63,8 @@ def _best_split(
     return best[layers]
 
 
-def make_stage(split: Sequence[int], pp: Axis) -> Stage:
-    """The stage of this pipeline rank under a split."""
-    first = sum(split[: pp.rank])
-    return Stage(first, first + split[pp.rank], has_embedding=pp.is_first, has_head=pp.is_last)
+def make_stage(split: Sequence[int], number: int) -> Stage:
+    """The global stage of that number under a split."""
+    first = sum(split[:number])
+    is_last = number == len(split) - 1
+    return Stage(first, first + split[number], has_embedding=number == 0, has_head=is_last)

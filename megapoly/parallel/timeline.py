@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megapoly.errors import ConfigError
-from megapoly.parallel.schedule import Action, Placement
+from megapoly.parallel.schedule import Action, Message, Placement
 
 Lists = Sequence[Sequence[Action]]  # the actions of each rank
 WIDEST_ROW = 20_000  # characters
@@ -78,20 +78,6 @@ class Timeline(NamedTuple):
         return 1 - sum(self.busy) / (len(self.ranks) * self.makespan)
 
 
-class Message(NamedTuple):
-    """Activations (for an 'F') or gradients (for a 'B') on their way to a chunk of another rank."""
-
-    source: int
-    target: int
-    kind: str
-    chunk: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        what = "activations" if self.kind == "F" else "gradients"
-        return f"{what} of micro-batch {self.microbatch} from rank {self.source} to chunk {self.chunk} of {self.target}"
-
-
 class Transfer(NamedTuple):
     """One end of a message: the source's (`sends`) or the target's."""
 
@@ -148,22 +134,6 @@ def _simulate(
     return Timeline(events)
 
 
-def just_in_time(lists: Lists, placement: Placement) -> Exchanges:
-    """Exchanges as Pipeline._exchange makes them: send what was just made, receive what comes next."""
-    exchanges: Exchanges = []
-    for rank, actions in enumerate(lists):
-        gaps: list[list[Transfer]] = [[] for _ in range(len(actions) + 1)]
-        for position, action in enumerate(actions):
-            if (sent := _sent(rank, action, placement)) is not None:
-                gaps[position + 1].append(Transfer(True, sent))
-            source = placement.source(rank, action)
-            if source is not None and source[0] != rank:
-                kind = "F" if action.kind == "F" else "B"
-                gaps[position].append(Transfer(False, Message(source[0], rank, kind, action.chunk, action.microbatch)))
-        exchanges.append(gaps)
-    return exchanges
-
-
 def planned(lists: Lists, placement: Placement) -> Exchanges:
     """Exchanges that cannot deadlock even if every send and receive blocks until its other end is there.
 
@@ -176,7 +146,7 @@ def planned(lists: Lists, placement: Placement) -> Exchanges:
     messages = []
     for rank, events in enumerate(slots.ranks):
         for position, (action, _, end) in enumerate(events):
-            if (message := _sent(rank, action, placement)) is not None:
+            if (message := placement.sent(rank, action)) is not None and message.target != rank:
                 messages.append((end, rank, position + 1, message))
     exchanges: Exchanges = [[[] for _ in range(len(actions) + 1)] for actions in lists]
     gaps = [0] * len(lists)
@@ -187,14 +157,6 @@ def planned(lists: Lists, placement: Placement) -> Exchanges:
             gaps[target] += 1
         exchanges[target][gaps[target]].append(Transfer(False, message))
     return exchanges
-
-
-def _sent(rank: int, action: Action, placement: Placement) -> Message | None:
-    """The message that an action ends in."""
-    target = placement.target(rank, action)
-    if target is None or target[0] == rank:
-        return None
-    return Message(rank, target[0], "F" if action.kind == "F" else "B", target[1], action.microbatch)
 
 
 def name_of(action: Action) -> str:

@@ -14,6 +14,11 @@ class WeightGradients:
     def __init__(self) -> None:
         self._waiting: list[Callable[[], None]] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether weight gradients are kept for later."""
+        return self._waiting is not None
+
     def add(self, compute: Callable[[], None]) -> None:
         """Compute a weight gradient now, or keep it where `deferred` is open."""
         if self._waiting is None:

@@ -91,7 +91,7 @@ def introduce(run: Run) -> None:
         f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; layers per stage {run.layer_split}; "
         f"batch {cfg.train.global_batch_size} x {cfg.model.seq_length} tokens"
     )
-    console.say(run.model.backends.describe())
+    console.say(run.chunks[0].backends.describe())
     console.say(describe(p.plan))
     if p.start_step:
         assert p.checkpoint is not None

@@ -79,7 +79,7 @@ def dry_run(prepared: Prepared, world: int) -> None:
     layout = Layout.of(cfg.parallel)
     tp, pp, dp = layout.tp, layout.pp, world // layout.model
     count = num_parameters(m, prepared.vocab_size)
-    split = layer_split(cfg, prepared.vocab_size, pp)
+    split = layer_split(cfg, prepared.vocab_size)
     print(cfg.to_yaml())
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
     print(f"layout: TP {tp} x PP {pp} x DP {dp}; layers per stage {split}; {prepared.num_steps:,} steps")

@@ -25,7 +25,8 @@ from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
 from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.rng import key
-from megapoly.parallel.stage import make_stage, split_layers
+from megapoly.parallel.schedule import placement_for
+from megapoly.parallel.stage import Stage, make_stage, split_layers
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
@@ -71,7 +72,7 @@ class Run:
     prepared: Prepared
     mesh: Mesh
     console: Console
-    model: Transformer
+    chunks: list[Transformer]
     buffers: FlatBuffers
     optimizer: ShardedAdamW
     pipeline: Pipeline
@@ -101,35 +102,50 @@ class Run:
         }
 
 
-def layer_split(cfg: Config, vocab_size: int, stages: int) -> list[int]:
-    """Layers of each stage: by hand where given, else by FLOPs with the head's counted."""
+def layer_split(cfg: Config, vocab_size: int) -> list[int]:
+    """Layers of each global stage: by hand where given, else by FLOPs with the head's counted."""
     if cfg.parallel.pipeline_layer_split is not None:
         return cfg.parallel.pipeline_layer_split
     costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
-    return split_layers(costs, 0.0, float(head_flops(cfg.model, vocab_size)), stages)
+    return split_layers(costs, 0.0, float(head_flops(cfg.model, vocab_size)), cfg.parallel.stages)
+
+
+def build_chunks(cfg: Config, vocab_size: int, stages: list[Stage], place: Placement) -> list[Transformer]:
+    """This rank's parts of the model, initialised; embedding and tied head of one rank are one parameter."""
+    backends = choose_backends(cfg.precision, place.device)
+    chunks: list[Transformer] = []
+    for stage in stages:
+        word = chunks[0].embedding["word"] if stage.has_head and chunks and chunks[0].stage.has_embedding else None
+        chunks.append(Transformer(cfg, vocab_size, stage, place, backends, word if cfg.model.tied else None))
+        initialize(chunks[-1], cfg.train.seed)
+    return chunks
 
 
 def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     """Model, optimizer, pipeline and loaders of this rank; weights are drawn, no checkpoint is loaded yet."""
     cfg, m = prepared.cfg, prepared.cfg.model
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
-    split = layer_split(cfg, prepared.vocab_size, mesh.pp.size)
+    split = layer_split(cfg, prepared.vocab_size)
     place = Placement(mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device)
-    backends = choose_backends(cfg.precision, mesh.device)
-    model = Transformer(cfg, prepared.vocab_size, make_stage(split, mesh.pp), place, backends)
-    initialize(model, cfg.train.seed)
-    buffers = FlatBuffers(model, mesh, m.tied)
+    folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
+    stages = [make_stage(split, folding.stage_of(mesh.pp.rank, chunk)) for chunk in range(folding.chunks)]
+    chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
+    buffers = FlatBuffers(chunks, mesh, m.tied and folding.ends_apart)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    pipeline = Pipeline(
+        mesh.pp, cfg.parallel.schedule, folding, (tokens, m.hidden_size), chunks[0].residual_dtype, mesh.device,
+        place.weight_gradients,
+    )  # fmt: skip
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     assert cfg.data.block_length is not None
     return Run(
         prepared=prepared,
         mesh=mesh,
         console=Console(mesh.is_main),
-        model=model,
+        chunks=chunks,
         buffers=buffers,
-        optimizer=ShardedAdamW(buffers, cfg.optimizer, backends.adamw),
-        pipeline=Pipeline(mesh.pp, (tokens, m.hidden_size), model.residual_dtype, mesh.device),
+        optimizer=ShardedAdamW(buffers, cfg.optimizer, chunks[0].backends.adamw),
+        pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
         layer_split=split,

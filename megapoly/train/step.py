@@ -7,10 +7,10 @@ from torch import Tensor
 
 from megapoly.data.batch import Batch
 from megapoly.model.loss import masked_losses
+from megapoly.model.transformer import Transformer
 from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.schedule import learning_rate
 from megapoly.parallel.collectives import all_reduce_
-from megapoly.parallel.schedule import forward_only, one_f_one_b
 from megapoly.train.setup import Run, to_device
 
 
@@ -36,8 +36,11 @@ def train_step(run: Run, step: int) -> StepStats:
     all_reduce_(num_tokens, run.mesh.dp)
 
     run.buffers.zero_grad()
-    actions = one_f_one_b(run.mesh.pp.rank, run.mesh.pp.size, len(batches))
-    run.pipeline.run(actions, lambda i, hidden: stage_forward(run, batches[i], hidden, num_tokens, by_source))
+
+    def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
+        return stage_forward(run, run.chunks[chunk], batches[i], hidden, num_tokens, by_source)
+
+    run.pipeline.run(len(batches), forward)
     owned_grad = run.buffers.reduce()
 
     grad_norm = run.optimizer.global_norm(owned_grad)
@@ -48,16 +51,18 @@ def train_step(run: Run, step: int) -> StepStats:
     return StepStats(sum_over_stages(run, by_source), grad_norm, params_norm, lr)
 
 
-def stage_forward(run: Run, batch: Batch, hidden: Tensor | None, num_tokens: Tensor, by_source: Tensor) -> Tensor:
-    """This stage's forward of a micro-batch; the last stage returns its part of the loss and counts it by source."""
+def stage_forward(
+    run: Run, model: Transformer, batch: Batch, hidden: Tensor | None, num_tokens: Tensor, by_source: Tensor
+) -> Tensor:
+    """A chunk's forward of a micro-batch; the last stage returns its part of the loss and counts it by source."""
     tokens_BS = to_device(batch.tokens, run.mesh.device)
-    output = run.model(tokens_BS, hidden)
-    if not run.model.stage.has_head:
+    output = model(tokens_BS, hidden)
+    if not model.stage.has_head:
         result: Tensor = output
         return result
     mask_BS = to_device(batch.mask, run.mesh.device)
     labels_BS = to_device(batch.labels, run.mesh.device)
-    objective, losses_BS = masked_losses(run.model, output, labels_BS, mask_BS, num_tokens)
+    objective, losses_BS = masked_losses(model, output, labels_BS, mask_BS, num_tokens)
     sources_B = to_device(batch.sources, run.mesh.device)
     is_of_source_NB = torch.arange(by_source.shape[1], device=run.mesh.device)[:, None] == sources_B
     by_source[0] += (is_of_source_NB * losses_BS.double().sum(1)).sum(1)  # index_add_ is not deterministic on a GPU
@@ -78,8 +83,8 @@ def evaluate(run: Run) -> Tensor:
     for number in range(run.valid_loader.num_batches):
         batches = run.valid_loader.batch(number)
 
-        def forward(i: int, hidden: Tensor | None, batches: list[Batch] = batches) -> Tensor:
-            return stage_forward(run, batches[i], hidden, one, by_source)
+        def forward(chunk: int, i: int, hidden: Tensor | None, batches: list[Batch] = batches) -> Tensor:
+            return stage_forward(run, run.chunks[chunk], batches[i], hidden, one, by_source)
 
-        run.pipeline.run(forward_only(len(batches)), forward)
+        run.pipeline.run(len(batches), forward)
     return sum_over_stages(run, by_source)

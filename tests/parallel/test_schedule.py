@@ -1,18 +1,17 @@
 """Schedules and splits as data: order, dependencies, memory, balance."""
 
+import dataclasses
 import itertools
 
 import pytest
 
 from megapoly.config import load_config, preset_names
 from megapoly.errors import ConfigError
-from megapoly.parallel.mesh import Axis
 from megapoly.parallel.schedule import (
     SCHEDULES,
     Action,
     Placement,
     ScheduleError,
-    forward_only,
     group_sizes,
     one_f_one_b,
     placement_for,
@@ -82,7 +81,6 @@ def test_small_schedules_by_hand(name: str, chunks: int, microbatches: int, expe
 
 def test_an_action_is_of_chunk_0_unless_it_says_otherwise() -> None:
     assert Action("F", 3) == ("F", 3, 0)
-    assert forward_only(2) == [Action("F", 0), Action("F", 1)]
 
 
 @pytest.mark.parametrize(("name", "chunks"), [("Interleaved1F1B", 2), ("Interleaved1F1B", 3), ("ZBVZeroBubble", 2)])
@@ -191,13 +189,14 @@ def test_every_preset_splits_over_any_number_of_stages_without_an_empty_one_betw
     cfg = load_config(name)
     for stages in (2, 3, 4, 5, 8, 10, 16):
         if stages <= cfg.model.num_layers:
-            split = layer_split(cfg, cfg.tokenizer.vocab_size or 4096, stages)
+            layout = dataclasses.replace(cfg.parallel, pipeline_model_parallel_size=stages, pipeline_layer_split=None)
+            split = layer_split(dataclasses.replace(cfg, parallel=layout), cfg.tokenizer.vocab_size or 4096)
             assert sum(split) == cfg.model.num_layers and 0 not in split[1:-1], (stages, split)
             assert max(split) - min(split[:-1]) <= 1, (stages, split)  # all but the head's stage are even
 
 
 def test_stages_cover_the_layers_once() -> None:
-    stages = [make_stage([2, 0, 3], Axis("pp", rank, 3)) for rank in range(3)]
+    stages = [make_stage([2, 0, 3], number) for number in range(3)]
     assert [list(s.layers) for s in stages] == [[0, 1], [], [2, 3, 4]]
     assert [s.has_embedding for s in stages] == [True, False, False]
     assert [s.has_head for s in stages] == [False, False, True]

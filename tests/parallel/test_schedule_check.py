@@ -5,7 +5,15 @@ import itertools
 import pytest
 
 from megapoly.parallel import schedule_check
-from megapoly.parallel.schedule import SCHEDULES, Action, Placement, one_f_one_b, placement_for, schedule_for
+from megapoly.parallel.schedule import (
+    SCHEDULES,
+    Action,
+    Placement,
+    forwards_of,
+    one_f_one_b,
+    placement_for,
+    schedule_for,
+)
 from megapoly.parallel.schedule_check import (
     MANNERS,
     check_complete,
@@ -17,12 +25,25 @@ from megapoly.parallel.schedule_check import (
     held,
     peak,
 )
-from megapoly.parallel.timeline import Costs, InvalidSchedule, just_in_time, planned, simulate
+from megapoly.parallel.timeline import Costs, Exchanges, InvalidSchedule, Transfer, planned, simulate
 
 EVEN = Costs(12, 12, 12)  # a twelfth, so that a chunk's time is exact
 UNEVEN = Costs(24, 36, 12)
 CHUNKS = {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}
 Lists = list[list[Action]]
+
+
+def just_in_time(lists: Lists, placement: Placement) -> Exchanges:
+    """The simplest exchanges: send what was just made, receive what comes next."""
+    exchanges: Exchanges = [[[] for _ in range(len(actions) + 1)] for actions in lists]
+    for rank, actions in enumerate(lists):
+        for position, action in enumerate(actions):
+            sent, taken = placement.sent(rank, action), placement.taken(rank, action)
+            if sent is not None and sent.target != rank:
+                exchanges[rank][position + 1].append(Transfer(True, sent))
+            if taken is not None and taken.source != rank:
+                exchanges[rank][position].append(Transfer(False, taken))
+    return exchanges
 
 
 def lists_of(name: str, stages: int, chunks: int, microbatches: int) -> Lists:
@@ -122,7 +143,7 @@ def test_any_swap_of_neighbours_on_one_rank_of_1f1b_is_found() -> None:
             changed[position], changed[position + 1] = changed[position + 1], changed[position]
             with pytest.raises(InvalidSchedule):
                 timeline = check_lists(lists, placement, 5, EVEN)
-                check_exchanges(just_in_time(lists, placement), lists, "executor")
+                check_exchanges(just_in_time(lists, placement), lists, placement, "executor")
                 check_peak(changed, rank, 3 - rank)
                 if timeline.bubble != 2 * EVEN.whole:
                     raise InvalidSchedule(rank, position, "", "bubble")
@@ -157,7 +178,7 @@ def test_too_much_memory_is_found_where_it_is_exceeded() -> None:
 
 def test_a_bubble_that_is_not_the_formula_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     late = [Action(kind, i) for kind, i in (("F", 0), ("F", 1), ("B", 0), ("B", 1), ("F", 2), ("B", 2))]  # type: ignore[arg-type]
-    monkeypatch.setattr(schedule_check, "schedule_for", lambda name, rank, *n: one_f_one_b(1, 2, 3) if rank else late)
+    monkeypatch.setattr(schedule_check, "all_lists", lambda *numbers: [late, one_f_one_b(1, 2, 3)])
     with pytest.raises(InvalidSchedule, match=r"the bubble is 6, not \(p-1\)\(F\+I\+W\) = 3"):
         check_schedule("1f1b", 2, 1, 3)
 
@@ -170,33 +191,34 @@ def test_ranks_that_wait_for_each_other_are_found() -> None:
     exchanges = just_in_time([backward_first, forward_first], Placement(2))
     for manner in MANNERS:
         with pytest.raises(InvalidSchedule, match=r"before B of micro-batch 0.* deadlock: .*; ranks 0 -> 1 -> 0"):
-            check_exchanges(exchanges, [backward_first, forward_first], manner)
+            check_exchanges(exchanges, [backward_first, forward_first], Placement(2), manner)
 
 
 def test_1f1b_deadlocks_if_a_send_blocks_the_receive_beside_it() -> None:
     """Why the executor posts both in one batch, and why planned exchanges have an order."""
     lists = lists_of("1f1b", 2, 1, 2)
     exchanges = just_in_time(lists, Placement(2))
-    check_exchanges(exchanges, lists, "executor")
-    check_exchanges(exchanges, lists, "batch")
+    check_exchanges(exchanges, lists, Placement(2), "executor")
+    check_exchanges(exchanges, lists, Placement(2), "batch")
     with pytest.raises(InvalidSchedule, match=r"rank 0, .* waits to send activations of micro-batch 1 .* 0 -> 1 -> 0"):
-        check_exchanges(exchanges, lists, "blocking")
-    check_exchanges(planned(lists, Placement(2)), lists, "blocking")
+        check_exchanges(exchanges, lists, Placement(2), "blocking")
+    check_exchanges(planned(lists, Placement(2)), lists, Placement(2), "blocking")
 
 
-def test_interleaved_deadlocks_on_batches_that_receive_only_what_comes_next() -> None:
+def test_interleaved_deadlocks_if_only_what_comes_next_is_received() -> None:
+    """Batches follow each other: a send waits behind a receive whose message is made only after that send is taken."""
     lists, placement = lists_of("interleaved", 2, 2, 4), placement_for("interleaved", 2, 2)
-    check_exchanges(just_in_time(lists, placement), lists, "executor")
-    with pytest.raises(InvalidSchedule, match="deadlock"):
-        check_exchanges(just_in_time(lists, placement), lists, "batch")
-    check_exchanges(planned(lists, placement), lists, "batch")
+    for manner in MANNERS:
+        with pytest.raises(InvalidSchedule, match="deadlock"):
+            check_exchanges(just_in_time(lists, placement), lists, placement, manner)
+        check_exchanges(planned(lists, placement), lists, placement, manner)
 
 
 def test_messages_out_of_order_between_two_ranks_are_found() -> None:
     """ZB-V sends activations and gradients down the same way; received as needed, they are mixed up."""
     lists, placement = lists_of("zb-v", 2, 2, 4), placement_for("zb-v", 2, 2)
     with pytest.raises(InvalidSchedule, match=r"takes (activations|gradients) of .*, but the other end has"):
-        check_exchanges(just_in_time(lists, placement), lists, "executor")
+        check_exchanges(just_in_time(lists, placement), lists, placement, "executor")
 
 
 @pytest.mark.parametrize("manner", ["executor", "batch", "blocking"])
@@ -208,7 +230,7 @@ def test_a_transfer_without_its_other_end_is_found(manner: schedule_check.Manner
                 exchanges = planned(lists, Placement(3))
                 del exchanges[rank][gap][dropped]
                 with pytest.raises(InvalidSchedule):
-                    check_exchanges(exchanges, lists, manner)
+                    check_exchanges(exchanges, lists, Placement(3), manner)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -231,6 +253,30 @@ def test_planned_exchanges_come_in_time_and_need_buffers_by_the_stages_only(name
                     assert went == [position + 1]
         most.append(max(held(gaps, actions) for gaps, actions in zip(exchanges, lists, strict=True)))
     assert most[0] == most[1] <= 8
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 7])
+def test_evaluation_runs_the_forwards_without_deadlock_in_few_buffers(name: str, stages: int) -> None:
+    for chunks in CHUNKS.get(name, (1,)):
+        placement = placement_for(name, stages, chunks)
+        for microbatches in (1, 2, 3, stages, 2 * stages + 1, 5 * stages):
+            lists = forwards_of(lists_of(name, stages, chunks, microbatches))
+            wanted = sorted(Action("F", i, chunk) for i in range(microbatches) for chunk in range(chunks))
+            assert all(sorted(actions) == wanted for actions in lists)
+            exchanges = planned(lists, placement)
+            for manner in MANNERS:
+                check_exchanges(exchanges, lists, placement, manner)
+            assert all(held(gaps, actions) <= 2 * stages for gaps, actions in zip(exchanges, lists, strict=True))
+
+
+def test_an_action_that_takes_what_has_not_been_received_is_found() -> None:
+    lists = lists_of("1f1b", 2, 1, 2)
+    exchanges = planned(lists, Placement(2))
+    late = exchanges[1][0].pop()
+    exchanges[1][1].insert(0, late)
+    with pytest.raises(InvalidSchedule, match=r"rank 1, action 0 .*: takes activations of micro-batch 0 .* not been"):
+        check_exchanges(exchanges, lists, Placement(2), "executor")
 
 
 def test_lists_that_pile_up_messages_are_refused() -> None:

@@ -27,7 +27,12 @@ def training(mesh: Mesh, cfg: Config) -> dict[str, Any]:
     before = run.buffers.grads.clone()
     held_out = evaluate(run)
     assert torch.equal(run.buffers.grads, before)
-    return {"gradients": gradients, "losses": losses, "held_out": held_out.tolist(), "loss": run.model.backends.loss}
+    return {
+        "gradients": gradients,
+        "losses": losses,
+        "held_out": held_out.tolist(),
+        "loss": run.chunks[0].backends.loss,
+    }
 
 
 def config(folder: Path, family: str, loss_backend: str, **layout: Any) -> Config:
