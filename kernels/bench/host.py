@@ -234,7 +234,7 @@ def peak_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-# ------------------------------------------------------------------------------------------ in the process that measures
+# ----------------------------------------------------------------------------------------- in the process that measures
 
 
 class Failed(Exception):
@@ -374,7 +374,7 @@ def main() -> int:
         print(f"{Path(__file__).name}: needs {', '.join(missing)}; pip install -e '.[hf]', and run by make bench-host")
         return NOT_RUNNABLE
     head = environment(True) | {"smoke": options.smoke, "cores": len(os.sched_getaffinity(0))}
-    print(f"torch {head['torch']} on {head['cores']} cores; speed of megapoly over the peer's (middle half of the pairs)")
+    print(f"torch {head['torch']} on {head['cores']} cores; speed of megapoly over the peer's (middle half)")
     results = []
     with tempfile.TemporaryDirectory(prefix="bench-host-") as name:
         found = races(options)
