@@ -1,8 +1,12 @@
 """Causal self-attention with grouped key/value heads, split by groups over tensor-parallel ranks."""
 
+from collections.abc import Collection
+from functools import partial
+
 from megapoly_kernels import Backends, HeadShape, Sequences, rotary_attention
 from torch import Tensor, nn
 
+from megapoly.model.recompute import Remake, kept, remade
 from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
@@ -17,8 +21,11 @@ class Attention(nn.Module):
     so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N.
     """
 
-    def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
+    def __init__(
+        self, m: ModelConfig, place: Placement, backends: Backends, redone: Collection[str] = ()
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.run_core = remade if "core_attn" in redone else kept
         self.backend = backends.attention
         queries = m.num_attention_heads // m.num_kv_heads
         self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
@@ -28,12 +35,19 @@ class Attention(nn.Module):
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )
 
-    def forward(self, x_tH: Tensor, sequences: Sequences, table: RotaryTable | None) -> Tensor:
-        """x_tH -> the branch, both [tokens of this rank, hidden]."""
-        cos, sin = table if table is not None else (None, None)
-        # The projection's backward does not read its output: the kernel may rotate it where it lies.
-        out_ThK = rotary_attention(
-            self.qkv.flat(x_tH), self.shape, sequences, cos, sin, in_place=True, backend=self.backend
-        )
-        result: Tensor = self.output(out_ThK.flatten(1))
+    def forward(
+        self, x_tH: Tensor, sequences: Sequences, table: RotaryTable | None, remake: Remake | None = None
+    ) -> Tensor:
+        """x_tH, or what gives it again, -> the branch, both [tokens of this rank, hidden]."""
+        core = partial(self._core, sequences=sequences, table=table)
+        (out_Tf,), remake = self.run_core(core, self.qkv.flat(x_tH, remake=remake))
+        result: Tensor = self.output(out_Tf, remake)
         return result
+
+    def _core(self, qkv_TF: Tensor, sequences: Sequences, table: RotaryTable | None) -> tuple[Tensor]:
+        cos, sin = table if table is not None else (None, None)
+        # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
+        out_ThK = rotary_attention(
+            qkv_TF, self.shape, sequences, cos, sin, in_place=self.run_core is kept, backend=self.backend
+        )
+        return (out_ThK.flatten(1),)

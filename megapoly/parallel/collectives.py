@@ -30,7 +30,9 @@ class Pending:
 
     __slots__ = ("_reads", "_works", "result")
 
-    def __init__(self, result: Tensor, works: Sequence[dist.Work | None] = (), reads: object = None) -> None:
+    def __init__(
+        self, result: Tensor, works: Sequence["dist.Work | Pending | None"] = (), reads: object = None
+    ) -> None:
         self.result, self._works, self._reads = result, works, reads
 
     def wait(self) -> Tensor:
@@ -42,19 +44,21 @@ class Pending:
         return self.result
 
 
-def start_all_reduce_(x: Tensor, axis: Axis) -> Pending:
-    """Begin to sum over the axis, in place."""
+def start_all_reduce_(x: Tensor, axis: Axis, keep: object = None) -> Pending:
+    """Begin to sum over the axis, in place; `keep` is kept until that is done."""
     if axis.size == 1:
         return Pending(x)
-    return Pending(x, (dist.all_reduce(x, group=axis.group, async_op=True),))
+    return Pending(x, (dist.all_reduce(x, group=axis.group, async_op=True),), keep)
 
 
-def start_all_gather(x_tH: Tensor, axis: Axis) -> Pending:
-    """Begin to concatenate the ranks' parts along dimension 0."""
+def start_all_gather(x_tH: Tensor, axis: Axis, out_TH: Tensor | None = None) -> Pending:
+    """Begin to concatenate the ranks' parts along dimension 0, in out_TH if given, of which x_tH may be this rank's."""
     if axis.size == 1:
         return Pending(x_tH)
-    x_TH, x_tH = x_tH.new_empty((x_tH.shape[0] * axis.size, *x_tH.shape[1:])), x_tH.contiguous()
-    return Pending(x_TH, (_all_gather(x_TH, x_tH, group=axis.group, async_op=True),), x_tH)
+    x_tH = x_tH.contiguous()
+    if out_TH is None:
+        out_TH = x_tH.new_empty((x_tH.shape[0] * axis.size, *x_tH.shape[1:]))
+    return Pending(out_TH, (_all_gather(out_TH, x_tH, group=axis.group, async_op=True),), x_tH)
 
 
 def start_reduce_scatter(x_TH: Tensor, axis: Axis, out_tH: Tensor | None = None) -> Pending:

@@ -7,7 +7,7 @@ al. 2022, arXiv 2205.05198) the gathered input is not kept: it is gathered again
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,30 +15,18 @@ from megapoly_kernels.accumulate import accumulate_
 from torch import Tensor, nn
 
 from megapoly.parallel.collectives import (
-    Pending,
     all_gather,
     enter_tensor_parallel,
     leave_tensor_parallel,
     start_all_gather,
-    start_all_reduce_,
-    start_reduce_scatter,
 )
+from megapoly.parallel.products import gathered_product, summed_product
 from megapoly.parallel.tensor import Placement, sharded_parameter
 
 Remake = Callable[[], Tensor]  # computes a layer's input again where it is not kept
 
 
-def _gathered(a_tK: Tensor, place: Placement) -> Tensor:
-    return all_gather(a_tK, place.tp) if place.sequence_parallel else a_tK
-
-
-def _summed_product(a_Tk: Tensor, b_kN: Tensor, place: Placement) -> Pending:
-    """a b, on its way to being summed over the ranks; under sequence parallel this rank's tokens of it."""
-    product_TN = torch.mm(a_Tk, b_kN)
-    return (start_reduce_scatter if place.sequence_parallel else start_all_reduce_)(product_TN, place.tp)
-
-
-def _weight_gradient(weight: nn.Parameter, dy_TN: Tensor, x: Remake, place: Placement) -> Tensor | None:
+def _weight_gradient(weight: nn.Parameter, dy_TN: Tensor, x: Callable[[], Tensor], place: Placement) -> Tensor | None:
     """dy^T x: None where the weight has a main_grad, to which it is added now or when the queue is run."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
@@ -70,18 +58,9 @@ def _keep(
         ctx.save_for_backward(x)
 
 
-def _kept_input(ctx: Any) -> Remake:
-    if ctx.remake is not None:
-        return cast(Remake, ctx.remake)
-    (x,) = ctx.saved_tensors
-    return lambda: x
-
-
-def _gathered_later(x: Remake, place: Placement) -> Remake:
-    """All tokens of x: begun now or, with the queue open, when it is run, so that no whole tensor waits in it."""
-    if place.weight_gradients.is_open:
-        return lambda: all_gather(x(), place.tp)
-    return start_all_gather(x(), place.tp).wait
+def _kept_input(ctx: Any) -> Tensor:
+    x: Tensor = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()
+    return x
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -90,19 +69,28 @@ class _ColumnParallel(torch.autograd.Function):
         ctx: Any, x_tK: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, place: Placement, remake: Remake | None
     ) -> Tensor:
         _keep(ctx, x_tK, weight, bias, place, remake)
-        x_TK, weight_KN = _gathered(x_tK, place), weight.flatten(0, -2).t()
-        return torch.mm(x_TK, weight_KN) if bias is None else torch.addmm(bias.flatten(), x_TK, weight_KN)
+        flat_bias = None if bias is None else bias.flatten()
+        return gathered_product(x_tK, weight.flatten(0, -2).t(), place, flat_bias)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy_TN, weight, place = grads[0], ctx.weight, ctx.place
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if needs_weight:
-            x = _gathered_later(_kept_input(ctx), place) if place.sequence_parallel else _kept_input(ctx)
-        dx = _summed_product(dy_TN, weight.flatten(0, -2), place) if needs_x else None
-        dweight = _weight_gradient(weight, dy_TN, x, place) if needs_weight else None
+        x = _whole_input(ctx) if needs_weight else None
+        dx = summed_product(dy_TN, weight.flatten(0, -2), place) if needs_x else None
+        dweight = None if x is None else _weight_gradient(weight, dy_TN, x, place)
         dbias = _bias_gradient(ctx.bias, dy_TN) if needs_bias else None
         return None if dx is None else dx.wait(), dweight, dbias, None, None
+
+
+def _whole_input(ctx: Any) -> Callable[[], Tensor]:
+    """All tokens of a column layer's input: gathered from now on, or with the queue open when its turn has come."""
+    x_tK, place = _kept_input(ctx), ctx.place
+    if not place.sequence_parallel:
+        return lambda: x_tK
+    if place.weight_gradients.is_open:
+        return lambda: all_gather(x_tK, place.tp)
+    return start_all_gather(x_tK, place.tp).wait
 
 
 class _RowParallel(torch.autograd.Function):
@@ -111,16 +99,20 @@ class _RowParallel(torch.autograd.Function):
         ctx: Any, x_Tk: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, place: Placement, remake: Remake | None
     ) -> Tensor:
         _keep(ctx, x_Tk, weight, bias, place, remake)
-        y_tN = _summed_product(x_Tk, weight.t(), place).wait()
+        y_tN = summed_product(x_Tk, weight.t(), place).wait()
         return y_tN if bias is None else y_tN.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy_tN, weight, place = grads[0], ctx.weight, ctx.place
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dy_TN = _gathered(dy_tN, place)
-        dx_Tk = torch.mm(dy_TN, weight) if needs_x else None
-        dweight = _weight_gradient(weight, dy_TN, _kept_input(ctx), place) if needs_weight else None
+        dx_Tk = dweight = None
+        if needs_x or needs_weight:
+            dx_Tk, dy_TN = gathered_product(dy_tN, weight, place, keeps=needs_weight)
+        if needs_weight:
+            x_Tk = _kept_input(ctx)
+            assert dy_TN is not None
+            dweight = _weight_gradient(weight, dy_TN, lambda: x_Tk, place)
         dbias = _bias_gradient(ctx.bias, dy_tN) if needs_bias else None
         return dx_Tk, dweight, dbias, None, None
 
@@ -131,7 +123,7 @@ def column_parallel_linear(
     """x W^T + b with W split by output features: [tokens of this rank, in] -> [all tokens, this rank's features].
 
     W's dimensions but the last are output dimensions, flattened in the result, which is no view of another tensor.
-    With `remake` x is not kept; it is called once for x, in the backward pass or when deferred gradients are computed.
+    With `remake` x is not kept; the backward pass calls it, once, to get x again.
     """
     if torch.compiler.is_compiling():  # a captured graph knows neither main_grad nor a queue: autograd delivers
         x_TK = enter_tensor_parallel(x_tK, place.tp, place.sequence_parallel)

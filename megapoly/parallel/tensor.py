@@ -40,13 +40,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go."""
+    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go.
+
+    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives.
+    """
 
     tp: Axis
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
     cp: Axis = Axis("cp")
+    overlaps_chunks: bool = False
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
+
 
 class WeightGradients:
     """Where the linear layers of a rank leave their weight gradients: computed at once, or kept for later.
@@ -24,7 +26,7 @@ class WeightGradients:
         if self._waiting is None:
             compute()
         else:
-            self._waiting.append(compute)
+            self._waiting.append(torch.no_grad()(compute))  # no backward pass keeps autograd from recording it
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[list[Callable[[], None]]]:
