@@ -1,7 +1,8 @@
 """Which implementation of each operation runs.
 
-One rule: what is named is taken. `auto` is the reference on a CPU, the loss in chunks there too; on a GPU it is what the recorded measurements of
-that GPU say (measured.json, written by `make bench-record`), and our kernels where it was never measured.
+One rule: what is named is taken. `auto` is the reference on a CPU, the output layer with its loss in chunks; on a GPU it
+is what the recorded measurements of that GPU say (measured.json, written by `make bench-record`), and our kernels where
+it was never measured.
 """
 
 import importlib.util
