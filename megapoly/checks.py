@@ -242,11 +242,27 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
         )
 
 
+def check_compile(cfg: Config) -> None:
+    """Refuse torch_compile where a captured block would leave out what an option asks for."""
+    if not cfg.train.torch_compile:
+        return
+    for name, value, lets in (
+        ("recompute_granularity", cfg.train.recompute_granularity, (None, "full")),
+        ("fp8_recipe", cfg.precision.fp8_recipe, (None,)),
+        ("tp_comm_overlap", cfg.parallel.tp_comm_overlap, (False,)),
+        ("context_parallel_size", cfg.parallel.context_parallel_size, (1,)),
+        ("pipeline_schedule", cfg.parallel.pipeline_schedule, (None, "gpipe", "1f1b", "interleaved")),
+    ):
+        if value not in lets:
+            raise ConfigError(f"torch_compile does not go with {name} {value}: leave out one of them")
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
     check_recompute(cfg.train)
+    check_compile(cfg)
     dp = check_layout(cfg, world_size)
     check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
     return dp

@@ -275,8 +275,10 @@ class TrainConfig:
     )
     recompute_method: str = option("uniform", "full: all blocks, or the first of each chunk", ("uniform", "block"))
     recompute_num_layers: int = option(1, "full, uniform: blocks redone at once; full, block: blocks that are redone")
-    cpu_offloading: bool = option(False, "full: keep the inputs of redone blocks in host memory")
-    torch_compile: bool = option(False, "compile each block with torch.compile")
+    cpu_offloading: bool = option(False, "full: keep the inputs of redone blocks in host memory (no gain on a CPU)")
+    torch_compile: bool = option(
+        False, "compile each block with torch.compile; gradients of its matrices then come by autograd, not overlapped"
+    )
     seed: int = option(1234, "seed of weights and data order")
     train_iters: int | None = option(None, "stop after so many steps (may only shorten the stages' budgets)")
     train_samples: int | None = option(None, "stop after so many sequences (may only shorten the budgets)")

@@ -63,6 +63,9 @@ class Transformer(nn.Module):
             self.embedding["position"] = PositionEmbedding(m, place)
         modules = redone_modules(cfg.train)
         self.layers = nn.ModuleDict({str(i): Block(m, place, backends, modules) for i in stage.layers})
+        if cfg.train.torch_compile:
+            for block in self.layers.values():  # not the module: its hooks, which wait for parameters, stay outside
+                block.forward = torch.compile(block.forward)
         self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
         self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
