@@ -94,6 +94,8 @@ def check_layout(cfg: Config, world_size: int) -> int:
             f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
             f"micro_batch_size x seq_length ({t.micro_batch_size * m.seq_length})"
         )
+    if p.tp_comm_overlap and not p.sequence_parallel:
+        raise ConfigError("tp_comm_overlap needs sequence_parallel, whose collectives it overlaps: turn both on")
     dp = world_size // (tp * pp)
     if t.global_batch_size % (t.micro_batch_size * dp):
         raise ConfigError(

@@ -6,40 +6,17 @@ three matrix products instead of four. The chunks are large, and the weight's gr
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapoly_kernels.accumulate import accumulate_
 from megapoly_kernels.cross_entropy import Criterion, all_gather
 
 # torch 2.13 renamed it; 2.11 knows the older name only.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@lru_cache
-def _adds_into_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch adds a product of `dtype` to an fp32 matrix in one go (its first versions refused that)."""
-    a, out = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
-    try:
-        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
-        return False
-    return bool((out == 16).all())
-
-
-def accumulate_(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    """out += a b, where out is fp32 and the product is not rounded to the type of a and b on the way."""
-    if not a_MK.is_cuda or a_MK.dtype == torch.float32:
-        out_MN.addmm_(a_MK.float(), b_KN.float())
-    elif _adds_into_fp32(a_MK.dtype, a_MK.device):
-        torch.addmm(out_MN, a_MK, b_KN, out_dtype=torch.float32, out=out_MN)
-    else:  # by blocks of rows, so that no second fp32 matrix of this size is held
-        rows = max(1, 2**25 // b_KN.shape[1])
-        for out, a in zip(out_MN.split(rows), a_MK.split(rows), strict=True):
-            out.add_(torch.mm(a, b_KN, out_dtype=torch.float32))
 
 
 @dataclass(frozen=True)

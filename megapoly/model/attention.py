@@ -3,7 +3,8 @@
 from megapoly_kernels import Backends, HeadShape, Sequences, rotary_attention
 from torch import Tensor, nn
 
-from megapoly.parallel.tensor import ColumnParallelLinear, Placement, RowParallelLinear
+from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 
 RotaryTable = tuple[Tensor, Tensor]  # cos and sin, each fp32 [positions, rotary_dim / 2]
@@ -27,12 +28,12 @@ class Attention(nn.Module):
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )
 
-    def forward(self, x_TH: Tensor, sequences: Sequences, table: RotaryTable | None) -> Tensor:
-        """x_TH [tokens, hidden] -> the branch, [tokens of this rank, hidden]."""
+    def forward(self, x_tH: Tensor, sequences: Sequences, table: RotaryTable | None) -> Tensor:
+        """x_tH -> the branch, both [tokens of this rank, hidden]."""
         cos, sin = table if table is not None else (None, None)
         # The projection's backward does not read its output: the kernel may rotate it where it lies.
         out_ThK = rotary_attention(
-            self.qkv.flat(x_TH), self.shape, sequences, cos, sin, in_place=True, backend=self.backend
+            self.qkv.flat(x_tH), self.shape, sequences, cos, sin, in_place=True, backend=self.backend
         )
         result: Tensor = self.output(out_ThK.flatten(1))
         return result

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from megapoly.model.attention import Attention, RotaryTable
 from megapoly.model.mlp import Mlp
 from megapoly.model.norm import Norm
-from megapoly.parallel.collectives import enter_tensor_parallel
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 
@@ -19,7 +18,7 @@ class Block(nn.Module):
 
     def __init__(self, m: ModelConfig, place: Placement, backends: Backends) -> None:
         super().__init__()
-        self.place, self.parallel_residual = place, m.parallel_residual
+        self.parallel_residual = m.parallel_residual
         self.attention_norm = Norm(m, place, backends)
         self.attention = Attention(m, place, backends)
         self.mlp_norm = Norm(m, place, backends)
@@ -30,12 +29,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(pending branch or None, residual) -> (pending branch, residual), all [tokens of this rank, hidden]."""
         normed_tH, residual_tH = self.attention_norm(branch_tH, residual_tH)
-        branch_tH = self.attention(self._enter(normed_tH), sequences, table)
+        branch_tH = self.attention(normed_tH, sequences, table)
         if self.parallel_residual:
             normed_tH, _ = self.mlp_norm(None, residual_tH)
-            return branch_tH + self.mlp(self._enter(normed_tH)), residual_tH
+            return branch_tH + self.mlp(normed_tH), residual_tH
         normed_tH, residual_tH = self.mlp_norm(branch_tH, residual_tH)
-        return self.mlp(self._enter(normed_tH)), residual_tH
-
-    def _enter(self, x_tH: Tensor) -> Tensor:
-        return enter_tensor_parallel(x_tH, self.place.tp, self.place.sequence_parallel)
+        return self.mlp(normed_tH), residual_tH

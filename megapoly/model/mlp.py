@@ -3,7 +3,8 @@
 from megapoly_kernels import Backends, bias_gelu, gated_activation
 from torch import Tensor, nn
 
-from megapoly.parallel.tensor import ColumnParallelLinear, Placement, RowParallelLinear
+from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 
 
@@ -18,9 +19,9 @@ class Mlp(nn.Module):
         self.up = ColumnParallelLinear(shape, dim, place, bias=m.add_bias_linear)
         self.down = RowParallelLinear(m.ffn_size, m.hidden_size, place, bias=m.add_bias_linear)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """x_TH [tokens, hidden] -> the branch, [tokens of this rank, hidden]."""
-        up = self.up(x_TH, skip_bias_add=True)
+    def forward(self, x_tH: Tensor) -> Tensor:
+        """x_tH -> the branch, both [tokens of this rank, hidden]."""
+        up = self.up(x_tH, skip_bias_add=True)
         if self.is_gated:
             hidden_Tf = gated_activation(up, self.up.bias, self.activation, self.backend)
         else:

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from megapoly.checks import padded_vocab_size
 from megapoly.model.block import Block
 from megapoly.model.norm import Norm
-from megapoly.parallel.collectives import enter_tensor_parallel
+from megapoly.parallel.linear import ColumnParallelLinear, column_parallel_linear
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
-    ColumnParallelLinear,
     Placement,
     Shard,
     VocabParallelEmbedding,
@@ -105,5 +104,4 @@ class Transformer(nn.Module):
 
     def logits(self, normed_tH: Tensor) -> Tensor:
         """Normed hidden states -> this rank's columns of the logits, [all tokens, vocabulary rows of this shard]."""
-        normed_TH = enter_tensor_parallel(normed_tH, self.place.tp, self.place.sequence_parallel)
-        return F.linear(normed_TH, self.head_weight)
+        return column_parallel_linear(normed_tH, self.head_weight, None, self.place)

@@ -1,4 +1,4 @@
-"""Tensor-parallel layers (Shoeybi et al. 2019, arXiv 1909.08053): each rank holds a slice of every matrix.
+"""What each tensor-parallel rank holds of every parameter, and the embedding split over the vocabulary.
 
 Capital letters in names are whole dimensions, lower-case letters this rank's share: weight_fH is a slice of weight_FH.
 """
@@ -40,13 +40,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go."""
+    """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go.
+
+    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives.
+    """
 
     tp: Axis
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
     cp: Axis = Axis("cp")
+    overlaps_chunks: bool = False
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
 
@@ -90,53 +94,6 @@ def sharded_parameters(*modules: nn.Module) -> Iterator[tuple[str, nn.Parameter,
             if parameter not in seen:
                 seen.add(parameter)
                 yield name, parameter, shard_of(parameter)
-
-
-class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with W split by output features: the input is whole, the output is this rank's features.
-
-    `shape` is W's whole shape; all its dimensions but the last are output dimensions, and `dim` is the one that is
-    split (its size with padding is `padded`).
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], dim: int, place: Placement, *, bias: bool, padded: int | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = sharded_parameter(shape, dim, place, "normal", padded=padded)
-        self.bias = sharded_parameter(shape[:-1], dim, place, "zeros", padded=padded) if bias else None
-
-    def forward(self, x_TH: Tensor, skip_bias_add: bool = False) -> Tensor:
-        """x_TH [tokens, in], already entered into tensor parallelism -> [tokens, *local output dimensions].
-
-        With skip_bias_add the bias is left to the next fused operation.
-        """
-        return self.flat(x_TH, skip_bias_add).unflatten(-1, self.weight.shape[:-1])
-
-    def flat(self, x_TH: Tensor, skip_bias_add: bool = False) -> Tensor:
-        """The same as [tokens, local features], which is no view of another tensor."""
-        bias = None if self.bias is None or skip_bias_add else self.bias.flatten()
-        return F.linear(x_TH, self.weight.flatten(0, -2), bias)
-
-
-class RowParallelLinear(nn.Module):
-    """y = x W^T + b with W split by input features; the ranks' products are summed, the bias is added once.
-
-    Under sequence parallel the sum is scattered over tokens, and the bias gets only this rank's tokens' gradient.
-    """
-
-    def __init__(self, in_features: int, out_features: int, place: Placement, *, bias: bool) -> None:
-        super().__init__()
-        self.place = place
-        self.weight = sharded_parameter((out_features, in_features), 1, place, "output_normal")
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = sharded_parameter((out_features,), None, place, "zeros", is_partial=place.sequence_parallel)
-
-    def forward(self, x_Tf: Tensor) -> Tensor:
-        """x_Tf [tokens, this rank's inputs] -> [tokens or this rank's tokens, out]."""
-        y_tH = leave_tensor_parallel(F.linear(x_Tf, self.weight), self.place.tp, self.place.sequence_parallel)
-        return y_tH if self.bias is None else y_tH + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):

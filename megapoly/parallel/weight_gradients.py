@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
+
 
 class WeightGradients:
     """Where the linear layers of a rank leave their weight gradients: computed at once, or kept for later.
@@ -14,12 +16,17 @@ class WeightGradients:
     def __init__(self) -> None:
         self._waiting: list[Callable[[], None]] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether weight gradients are kept for later."""
+        return self._waiting is not None
+
     def add(self, compute: Callable[[], None]) -> None:
         """Compute a weight gradient now, or keep it where `deferred` is open."""
         if self._waiting is None:
             compute()
         else:
-            self._waiting.append(compute)
+            self._waiting.append(torch.no_grad()(compute))  # no backward pass keeps autograd from recording it
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[list[Callable[[], None]]]:

@@ -1,0 +1,74 @@
+"""Which ranks stand in which group: Megatron-LM's order, and what every axis is for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megapoly.parallel.mesh import Axis, Layout, Mesh, make_mesh, single_process_mesh
+
+WORLD = 32
+LAYOUT = Layout(tp=2, cp=2, pp=2, instances=2, shares_vocab=True)
+
+
+@pytest.fixture(params=[0, 5, 18, 31])
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    dist.init_process_group("fake", rank=request.param, world_size=WORLD, store=FakeStore())
+    yield make_mesh(LAYOUT, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def ranks(axis: Axis) -> list[int]:
+    return dist.get_process_group_ranks(axis.group)
+
+
+def test_neighbours_share_matrices_then_sequences_then_optimizer_state(mesh: Mesh) -> None:
+    rank = dist.get_rank()
+    t, c, d, p = rank % 2, rank // 2 % 2, rank // 4 % 4, rank // 16
+
+    def number(t: int = t, c: int = c, d: int = d, p: int = p) -> int:
+        return ((p * 4 + d) * 2 + c) * 2 + t
+
+    assert number() == rank
+    assert ranks(mesh.tp) == [number(t=i) for i in range(2)]
+    assert ranks(mesh.cp) == [number(c=i) for i in range(2)]
+    assert ranks(mesh.dp) == [number(d=i) for i in range(4)]
+    assert ranks(mesh.pp) == ranks(mesh.embedding) == [number(p=i) for i in range(2)]
+    assert ranks(mesh.replicas) == [number(d=i, c=j) for i in range(4) for j in range(2)]
+    assert ranks(mesh.shards) == [number(d=i, c=j) for i in (d // 2 * 2, d // 2 * 2 + 1) for j in range(2)]
+    assert ranks(mesh.instances) == [number(d=i) for i in (d % 2, d % 2 + 2)]
+    assert ranks(mesh.vocab) == [number(p=i, t=j) for i in range(2) for j in range(2)]
+
+
+def test_an_axis_knows_this_ranks_place(mesh: Mesh) -> None:
+    for axis in mesh.axes:
+        assert ranks(axis)[axis.rank] == dist.get_rank(), axis.name
+        assert len(ranks(axis)) == axis.size, axis.name
+    assert mesh.replicas.size == mesh.shards.size * mesh.instances.size == mesh.dp.size * mesh.cp.size
+    assert mesh.replicas.rank == mesh.instances.rank * mesh.shards.size + mesh.shards.rank
+
+
+def test_axes_of_the_same_ranks_share_a_group() -> None:
+    dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
+    try:
+        mesh = make_mesh(Layout(tp=2), torch.device("cpu"))
+        assert mesh.dp.group is mesh.replicas.group is mesh.shards.group
+        assert mesh.vocab.group is mesh.tp.group
+        assert [axis.name for axis in mesh.axes if axis.size == 1] == ["cp", "pp", "instances", "embedding"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_middle_stage_has_no_embedding_partner() -> None:
+    dist.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
+    try:
+        assert make_mesh(Layout(pp=3), torch.device("cpu")).embedding == Axis("embedding")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_needs_no_group() -> None:
+    assert all(axis.size == 1 and axis.group is None for axis in single_process_mesh().axes)
+    assert len(single_process_mesh().axes) == 10
