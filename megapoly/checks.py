@@ -54,17 +54,16 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
     wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
     if p.chunks != wanted:
-        other = "" if p.schedule == "zb-v" and p.chunks == 1 else f"; interleaved takes {p.chunks}"
         raise ConfigError(
-            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}"
-            + other
+            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
+            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
     if p.stages > m.num_layers + 2:
         most = (m.num_layers + 2) // p.chunks
-        way_out = f"pipeline_model_parallel_size {most}" if most else f"{(m.num_layers + 2) // pp} chunks"
         raise ConfigError(
-            f"pipeline_model_parallel_size ({pp}) x {p.chunks} chunks of a rank = {p.stages} stages are too many for "
-            f"num_layers ({m.num_layers}): only the first and the last may have none; {way_out} can be had"
+            f"pipeline_model_parallel_size ({pp}) x num_virtual_stages_per_pipeline_rank ({p.chunks}) = {p.stages} "
+            f"stages are too many for num_layers ({m.num_layers}): only the first and the last may have none; "
+            + (f"pipeline_model_parallel_size {most} would do" if most else "use fewer chunks")
         )
     split = p.pipeline_layer_split
     if split is not None and (
@@ -72,7 +71,7 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     ):
         raise ConfigError(
             f"pipeline_layer_split {split} must name {p.stages} stages (pipeline_model_parallel_size {pp} x "
-            f"{p.chunks} chunks) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
+            f"{p.chunks} on each) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
         )
 
 

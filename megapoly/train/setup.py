@@ -25,9 +25,10 @@ from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
 from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.rng import key
-from megapoly.parallel.schedule import placement_for
+from megapoly.parallel.schedule import all_lists, placement_for
 from megapoly.parallel.stage import Stage, make_stage, split_layers
 from megapoly.parallel.tensor import Placement
+from megapoly.parallel.timeline import Costs, simulate
 from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
 
@@ -78,7 +79,6 @@ class Run:
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
-    layer_split: list[int]
 
     @property
     def cfg(self) -> Config:
@@ -108,6 +108,20 @@ def layer_split(cfg: Config, vocab_size: int) -> list[int]:
         return cfg.parallel.pipeline_layer_split
     costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
     return split_layers(costs, 0.0, float(head_flops(cfg.model, vocab_size)), cfg.parallel.stages)
+
+
+def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
+    """Schedule, layers of each stage, and the share of its time that a rank idles, as simulated from FLOPs."""
+    m, p, split = cfg.model, cfg.parallel, layer_split(cfg, vocab_size)
+    costs = [float(layers * layer_flops(m)) for layers in split]
+    costs[-1] += head_flops(m, vocab_size)
+    shares = tuple(cost * p.pipeline_model_parallel_size / sum(costs) for cost in costs)
+    microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * dp)
+    lists = all_lists(p.schedule, p.pipeline_model_parallel_size, p.chunks, microbatches)
+    placement = placement_for(p.schedule, p.pipeline_model_parallel_size, p.chunks)
+    idle = simulate(lists, placement, Costs(shares=shares)).idle_share
+    chunks = f" of {p.chunks} chunks" if p.chunks > 1 else ""
+    return f"schedule {p.schedule}{chunks}, layers per stage {split}, {idle:.1%} idle (simulated)"
 
 
 def build_chunks(cfg: Config, vocab_size: int, stages: list[Stage], place: Placement) -> list[Transformer]:
@@ -153,7 +167,6 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
-        layer_split=split,
     )
 
 
