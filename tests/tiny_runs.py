@@ -50,15 +50,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
     """A dictionary that the run's first reduction fills with the whole gradients, by name."""
     gradients: dict[str, torch.Tensor] = {}
-    reduce = run.buffers.reduce
+    finish = run.buffers.finish
 
-    def reduce_and_keep() -> torch.Tensor:
-        owned = reduce()
+    def finish_and_keep() -> torch.Tensor:
+        owned = finish()
         if not gradients:
             gradients.update(assemble(pieces(run.buffers, {"grad": owned}, for_saving=True)))
         return owned
 
-    run.buffers.reduce = reduce_and_keep
+    run.buffers.finish = finish_and_keep
     return gradients
 
 

@@ -84,23 +84,23 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
     mesh = single_process_mesh(device)
     chosen = choose_backends(cfg.precision, device)
     place = Placement(mesh.tp, False, torch.bfloat16, device)
-    model = Transformer(cfg, sizes.vocab, make_stage([sizes.layers], 0), place, chosen)
+    model = Transformer(cfg, sizes.vocab, make_stage([sizes.layers], mesh.pp), place, chosen)
     with torch.no_grad():
         for _, parameter, shard in sharded_parameters(model):
             parameter.zero_() if shard.init == "zeros" else parameter.normal_(std=cfg.model.init_method_std)
             if shard.init == "ones":
                 parameter.fill_(1.0)
-    buffers = FlatBuffers([model], mesh, cfg.model.tied)
+    buffers = FlatBuffers([model], mesh, cfg.model.tied, cfg.parallel)
     optimizer = ShardedAdamW(buffers, cfg.optimizer, chosen.adamw)
     mask_BS = torch.ones(sizes.sequences, sizes.length, device=device)
     num_tokens = mask_BS.sum()
 
     def forward(tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        buffers.zero_grad()
+        buffers.begin(1)
         return masked_losses(model, model(tokens_BS), labels_BS, mask_BS, num_tokens)[0]
 
     def update() -> None:
-        grad = buffers.reduce()
+        grad = buffers.finish()
         clip = clip_coefficient(optimizer.global_norm(grad), CLIP)
         optimizer.step(grad, LR, clip)
 

@@ -1,7 +1,7 @@
 """The state of training as rectangles of whole tensors, which no layout can be told from.
 
-A rank owns a flat range of its shard of each parameter (ZeRO-1). In the whole parameter such a range is a handful of
-rectangles; each becomes a chunk of the checkpoint, so that any other layout can read what it needs.
+A rank owns at most one flat range of each parameter that it holds (ZeRO-1). In the whole parameter such a range is a
+handful of rectangles; each becomes a chunk of the checkpoint, so that any other layout can read what it needs.
 """
 
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[t
 
 
 def pieces(buffers: FlatBuffers, owned: dict[str, Tensor], for_saving: bool) -> list[Piece]:
-    """This rank's range of flat quantities (prefix -> tensor of the owned range) as pieces; padding rows are left out.
+    """This rank's shard of flat quantities (prefix -> tensor) as pieces; padding rows are left out.
 
     For saving, what several ranks hold alike comes from one of them; for loading every rank takes all that it holds.
     """
@@ -82,12 +82,10 @@ def pieces(buffers: FlatBuffers, owned: dict[str, Tensor], for_saving: bool) -> 
         if for_saving and not segment.is_counted:
             continue
         shard, local_shape = segment.shard, tuple(segment.parameter.shape)
-        end = segment.end
+        position, last = segment.owned
         if shard.dim == 0:
-            end = segment.begin + (shard.end - shard.begin) * torch.Size(local_shape[1:]).numel()
-        first, last = max(segment.begin, buffers.owned.start), min(end, buffers.owned.stop)
-        position = first - buffers.owned.start
-        for offsets, sizes in rectangles(local_shape, first - segment.begin, last - segment.begin):
+            last = min(last, segment.offset + (shard.end - shard.begin) * torch.Size(local_shape[1:]).numel())
+        for offsets, sizes in rectangles(local_shape, position - segment.offset, last - segment.offset):
             count = torch.Size(sizes).numel()
             whole = tuple(o + s for o, s in zip(offsets, shard.offsets, strict=True))
             for prefix, flat in owned.items():

@@ -1,5 +1,6 @@
 """From hidden states to the loss of each token."""
 
+import torch
 from megapoly_kernels import linear_cross_entropy, vocab_parallel_cross_entropy
 from torch import Tensor
 
@@ -17,11 +18,13 @@ def masked_losses(
     backend, shard, group = model.backends.loss, model.head_shard, model.place.tp.group
     labels_T, valid_rows = labels_BS.flatten(), shard.end - shard.begin
     if backend == "fused_linear":
+        weight = model.head_weight
         objective, losses_T = linear_cross_entropy(
-            normed_tH, model.head_weight, labels_T, mask_BS.flatten() / num_tokens, shard.begin, valid_rows,
-            group=group, sequence_parallel=model.place.sequence_parallel,
-            main_grad=getattr(model.head_weight, "main_grad", None),
+            normed_tH, weight, labels_T, mask_BS.flatten() / num_tokens, shard.begin, valid_rows,
+            group=group, sequence_parallel=model.place.sequence_parallel, main_grad=getattr(weight, "main_grad", None),
         )  # fmt: skip
+        if hasattr(weight, "main_grad") and weight.requires_grad and torch.is_grad_enabled():
+            weight.grad_added()  # type: ignore[attr-defined]  # the gradient was made and added on the way forward
         return objective, losses_T.view_as(mask_BS) * mask_BS
     losses_T = vocab_parallel_cross_entropy(
         model.logits(normed_tH), labels_T, shard.begin, valid_rows, group, in_place=True, backend=backend

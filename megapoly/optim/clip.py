@@ -5,32 +5,25 @@ from megapoly_kernels import Range, RangeTable, squared_norm
 from torch import Tensor
 
 from megapoly.parallel.collectives import all_reduce_
-from megapoly.parallel.gradients import FlatBuffers, Segment
-
-
-def owned_part(segment: Segment, owned: slice) -> tuple[int, int]:
-    """(begin, end) within the owned range of what it holds of a segment; equal where it holds nothing."""
-    begin = min(max(segment.begin, owned.start), owned.stop)
-    end = min(max(segment.end, begin), owned.stop)
-    return begin - owned.start, end - owned.start
+from megapoly.parallel.gradients import FlatBuffers
 
 
 class GlobalNorm:
     """L2 norms of flat quantities over the whole model.
 
-    Parameters that tensor-parallel ranks hold alike count on the first of them, a tied matrix on the first stage, and
-    what is frozen (does not require a gradient at construction) nowhere.
+    Parameters that tensor-parallel ranks hold alike count on the first of them, a tied matrix on the first stage,
+    shards on the first of their instances, and what is frozen (does not require a gradient at construction) nowhere.
     """
 
     def __init__(self, buffers: FlatBuffers, backend: str | None = None) -> None:
         self.backend, self.world = backend, buffers.mesh.world
         counted = [s for s in buffers.segments if s.is_counted and s.parameter.requires_grad]
-        ranges = [Range(*owned_part(s, buffers.owned)) for s in counted]
+        ranges = [Range(*s.owned) for s in counted]
         self.ranges = RangeTable.build([r for r in ranges if r.begin < r.end], buffers.params.device)
 
     @torch.no_grad()
     def __call__(self, owned: Tensor) -> Tensor:
-        """The norm of a flat fp32 quantity whose owned range this rank holds; fp64 scalar, the same on every rank."""
+        """The norm of a flat fp32 quantity whose shard this rank holds; fp64 scalar, the same on every rank."""
         return all_reduce_(squared_norm(owned, self.ranges, self.backend), self.world).sqrt()
 
 

@@ -4,6 +4,7 @@ Activations are flat in tokens: x_TH holds all tokens, x_tH this tensor-parallel
 parallel (Korthikanti et al. 2022, arXiv 2205.05198).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,40 +25,60 @@ def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+class Pending:
+    """The result of collectives that may still be under way; what they read is kept until they are done."""
+
+    __slots__ = ("_reads", "_works", "result")
+
+    def __init__(
+        self, result: Tensor, works: Sequence["dist.Work | Pending | None"] = (), reads: object = None
+    ) -> None:
+        self.result, self._works, self._reads = result, works, reads
+
+    def wait(self) -> Tensor:
+        """The complete result. On a GPU the current stream waits and the host goes on."""
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        self._works, self._reads = (), None
+        return self.result
+
+
+def start_all_reduce_(x: Tensor, axis: Axis, keep: object = None) -> Pending:
+    """Begin to sum over the axis, in place; `keep` is kept until that is done."""
+    if axis.size == 1:
+        return Pending(x)
+    return Pending(x, (dist.all_reduce(x, group=axis.group, async_op=True),), keep)
+
+
+def start_all_gather(x_tH: Tensor, axis: Axis, out_TH: Tensor | None = None) -> Pending:
+    """Begin to concatenate the ranks' parts along dimension 0, in out_TH if given, of which x_tH may be this rank's."""
+    if axis.size == 1:
+        return Pending(x_tH)
+    x_tH = x_tH.contiguous()
+    if out_TH is None:
+        out_TH = x_tH.new_empty((x_tH.shape[0] * axis.size, *x_tH.shape[1:]))
+    return Pending(out_TH, (_all_gather(out_TH, x_tH, group=axis.group, async_op=True),), x_tH)
+
+
+def start_reduce_scatter(x_TH: Tensor, axis: Axis, out_tH: Tensor | None = None) -> Pending:
+    """Begin to sum over the axis, keeping this rank's part of dimension 0, in out_tH if given."""
+    if axis.size == 1:
+        return Pending(x_TH)
+    x_TH = x_TH.contiguous()
+    if out_tH is None:
+        out_tH = x_TH.new_empty((x_TH.shape[0] // axis.size, *x_TH.shape[1:]))
+    return Pending(out_tH, (_reduce_scatter(out_tH, x_TH, group=axis.group, async_op=True),), x_TH)
+
+
 def all_gather(x_tH: Tensor, axis: Axis) -> Tensor:
     """Concatenate the ranks' parts along dimension 0."""
-    if axis.size == 1:
-        return x_tH
-    x_TH = x_tH.new_empty((x_tH.shape[0] * axis.size, *x_tH.shape[1:]))
-    _all_gather(x_TH, x_tH.contiguous(), group=axis.group)
-    return x_TH
+    return start_all_gather(x_tH, axis).wait()
 
 
 def reduce_scatter(x_TH: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis and keep this rank's part of dimension 0."""
-    if axis.size == 1:
-        return x_TH
-    x_tH = x_TH.new_empty((x_TH.shape[0] // axis.size, *x_TH.shape[1:]))
-    _reduce_scatter(x_tH, x_TH.contiguous(), group=axis.group)
-    return x_tH
-
-
-def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:
-    """Start summing x over the axis in place; None where there is nothing to wait for."""
-    return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None
-
-
-def start_reduce_scatter(part: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None:
-    """Start summing `whole` over the axis into every rank's `part`; both stay untouched until it is waited for.
-
-    On an axis of one rank nothing happens: there, `part` is `whole`.
-    """
-    return _reduce_scatter(part, whole, group=axis.group, async_op=True) if axis.size > 1 else None
-
-
-def start_all_gather(whole: Tensor, part: Tensor, axis: Axis) -> dist.Work | None:
-    """Start gathering every rank's `part`, which may lie at its own place of `whole`; none for an axis of one rank."""
-    return _all_gather(whole, part, group=axis.group, async_op=True) if axis.size > 1 else None
+    return start_reduce_scatter(x_TH, axis).wait()
 
 
 class _Copy(torch.autograd.Function):

@@ -14,8 +14,13 @@ import torch.nn.functional as F
 from megapoly_kernels.accumulate import accumulate_
 from torch import Tensor, nn
 
-from megapoly.parallel.collectives import all_gather, enter_tensor_parallel, leave_tensor_parallel
-from megapoly.parallel.products import gathered_product, gathering, summed_product
+from megapoly.parallel.collectives import (
+    all_gather,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    start_all_gather,
+)
+from megapoly.parallel.products import gathered_product, summed_product
 from megapoly.parallel.tensor import Placement, sharded_parameter
 
 Remake = Callable[[], Tensor]  # computes a layer's input again where it is not kept
@@ -85,7 +90,7 @@ def _whole_input(ctx: Any) -> Callable[[], Tensor]:
         return lambda: x_tK
     if place.weight_gradients.is_open:
         return lambda: all_gather(x_tK, place.tp)
-    return gathering(x_tK, place.tp).wait
+    return start_all_gather(x_tK, place.tp).wait
 
 
 class _RowParallel(torch.autograd.Function):

@@ -5,43 +5,13 @@ chunks (as Wang et al. 2023, ASPLOS, decompose them; Megatron-LM's tp_comm_overl
 multiplied; a chunk is a part of the tokens of every rank.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megapoly.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
-from megapoly.parallel.mesh import Axis
+from megapoly.parallel.collectives import Pending, start_all_gather, start_all_reduce_, start_reduce_scatter
 from megapoly.parallel.tensor import Placement
 
 CHUNKS = 4
-
-
-class Pending:
-    """A tensor that collectives may still be completing; what they read is kept until then."""
-
-    __slots__ = ("_reads", "_works", "result")
-
-    def __init__(self, result: Tensor, works: Sequence[dist.Work | None] = (), reads: object = None) -> None:
-        self.result, self._works, self._reads = result, works, reads
-
-    def wait(self) -> Tensor:
-        """The complete tensor. On a GPU the current stream waits for it, the host does not."""
-        for work in self._works:
-            if work is not None:
-                work.wait()
-        self._works, self._reads = (), None
-        return self.result
-
-
-def gathering(a_tK: Tensor, axis: Axis) -> Pending:
-    """The ranks' parts on their way to lie one after the other along dimension 0."""
-    if axis.size == 1:
-        return Pending(a_tK)
-    a_tK = a_tK.contiguous()
-    a_TK = a_tK.new_empty((a_tK.shape[0] * axis.size, *a_tK.shape[1:]))
-    return Pending(a_TK, (start_all_gather(a_TK, a_tK, axis),), a_tK)
 
 
 def _product(a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -55,18 +25,18 @@ def gathered_product(
     if not place.sequence_parallel:
         return _product(a_tK, b_KN, bias_N), a_tK
     if not place.overlaps_chunks:
-        a_TK = gathering(a_tK, place.tp).wait()
+        a_TK = start_all_gather(a_tK, place.tp).wait()
         return _product(a_TK, b_KN, bias_N), a_TK
     ranks, tokens = place.tp.size, len(a_tK)
     y_RtN = a_tK.new_empty((ranks, tokens, b_KN.shape[1]))
     a_RtK = a_tK.new_empty((ranks, *a_tK.shape)) if keeps else None
     b_RKN = b_KN.expand(ranks, -1, -1)
     spans = _spans(tokens)
-    following = gathering(a_tK[spans[0]], place.tp)
+    following = start_all_gather(a_tK[spans[0]], place.tp)
     for i, span in enumerate(spans):
         a_RnK = following.wait().unflatten(0, (ranks, -1))
         if i + 1 < len(spans):
-            following = gathering(a_tK[spans[i + 1]], place.tp)
+            following = start_all_gather(a_tK[spans[i + 1]], place.tp)
         if bias_N is None:
             torch.bmm(a_RnK, b_RKN, out=y_RtN[:, span])
         else:
@@ -78,22 +48,17 @@ def gathered_product(
 
 def summed_product(a_Tk: Tensor, b_kN: Tensor, place: Placement) -> Pending:
     """a b on its way to being summed over the ranks, under sequence parallel for this rank's tokens."""
-    if place.tp.size == 1:
-        return Pending(torch.mm(a_Tk, b_kN))
-    if not place.sequence_parallel:
+    if not (place.sequence_parallel and place.overlaps_chunks):
         y_TN = torch.mm(a_Tk, b_kN)
-        return Pending(y_TN, (start_all_reduce(y_TN, place.tp),))
+        return (start_reduce_scatter if place.sequence_parallel else start_all_reduce_)(y_TN, place.tp)
     ranks, tokens = place.tp.size, len(a_Tk) // place.tp.size
     y_tN = a_Tk.new_empty((tokens, b_kN.shape[1]))
-    if not place.overlaps_chunks:
-        y_TN = torch.mm(a_Tk, b_kN)
-        return Pending(y_tN, (start_reduce_scatter(y_tN, y_TN, place.tp),), y_TN)
     a_Rtk, b_RkN = a_Tk.unflatten(0, (ranks, -1)), b_kN.expand(ranks, -1, -1)
-    works, reads = [], []
+    parts = []
     for span in _spans(tokens):
-        reads.append(torch.bmm(a_Rtk[:, span], b_RkN).flatten(0, 1))
-        works.append(start_reduce_scatter(y_tN[span], reads[-1], place.tp))
-    return Pending(y_tN, works, reads)
+        y_TN = torch.bmm(a_Rtk[:, span], b_RkN).flatten(0, 1)
+        parts.append(start_reduce_scatter(y_TN, place.tp, y_tN[span]))
+    return Pending(y_tN, parts)
 
 
 def _spans(tokens: int) -> list[slice]:

@@ -132,7 +132,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     stages = [make_stage(split, folding.stage_of(mesh.pp.rank, chunk)) for chunk in range(folding.chunks)]
     chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
-    buffers = FlatBuffers(chunks, mesh, m.tied and folding.ends_apart)
+    wire = torch.float32 if cfg.precision.accumulate_allreduce_grads_in_fp32 else torch.bfloat16
+    buffers = FlatBuffers(chunks, mesh, m.tied and folding.ends_apart, cfg.parallel, wire)
     tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
     pipeline = Pipeline(
         mesh.pp, cfg.parallel.schedule, folding, (tokens, m.hidden_size), chunks[0].residual_dtype, mesh.device,

@@ -35,13 +35,13 @@ def train_step(run: Run, step: int) -> StepStats:
     num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
     all_reduce_(num_tokens, run.mesh.dp)
 
-    run.buffers.zero_grad()
+    run.buffers.begin(len(batches))
 
     def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
         return stage_forward(run, run.chunks[chunk], batches[i], hidden, num_tokens, by_source)
 
     run.pipeline.run(len(batches), forward)
-    owned_grad = run.buffers.reduce()
+    owned_grad = run.buffers.finish()
 
     grad_norm = run.optimizer.global_norm(owned_grad)
     clip = clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)

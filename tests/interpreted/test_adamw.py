@@ -188,6 +188,7 @@ def steps_by_backend(mesh: Mesh, cfg: Config) -> list[list[Tensor]]:
             grad = random(len(optimizer.master), seed=step + 10 * mesh.dp.rank)
             norm = optimizer.global_norm(grad)
             optimizer.step(grad, 0.01, 1 / norm)
+        run.buffers.wait_params()
         results.append([norm, optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, run.buffers.params])
     return results
 

@@ -11,6 +11,7 @@ from tiny_runs import tiny_config, tiny_run
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.sharded import ShardedAdamW, update_ranges
+from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.parallel.rng import normal_shard
 from megapoly.sections import Config
@@ -89,18 +90,19 @@ def train_with_frozen(mesh: Mesh, cfg: Config) -> None:
     for segment in frozen:
         segment.parameter.requires_grad_(False)
     optimizer = ShardedAdamW(b, cfg.optimizer)
-    is_frozen = torch.zeros(b.size, dtype=torch.bool)
-    for segment in frozen:
-        is_frozen[segment.begin : segment.end] = True
-    is_padding = torch.arange(b.size) >= b.segments[-1].end
+    is_frozen, is_padding = torch.zeros(b.size, dtype=torch.bool), torch.ones(b.size, dtype=torch.bool)
+    for segment in b.segments:
+        is_padding[segment.begin : segment.end] = False
+        is_frozen[segment.begin : segment.end] = segment in frozen
     before, master = b.params.clone(), optimizer.master.clone()
     grad = torch.randn(b.size, generator=torch.Generator().manual_seed(1))
-    owned = grad[b.owned].clone()
+    owned = owned_of(b, grad)
     expected = grad[~is_frozen & ~is_padding].double().norm().item()
     assert optimizer.global_norm(owned).item() == pytest.approx(expected, rel=1e-6)
     for _ in range(2):
         optimizer.step(owned.clone(), 0.1)
-    stays = (is_frozen | is_padding)[b.owned]
+    b.wait_params()
+    stays = owned_of(b, is_frozen | is_padding)
     assert torch.equal(optimizer.master[stays], master[stays])
     assert (optimizer.master[~stays] != master[~stays]).all()
     for moment in (optimizer.exp_avg, optimizer.exp_avg_sq):
@@ -108,15 +110,22 @@ def train_with_frozen(mesh: Mesh, cfg: Config) -> None:
     assert torch.equal(b.params[is_frozen], before[is_frozen]) and not torch.equal(b.params, before)
 
 
+def owned_of(buffers: FlatBuffers, flat: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a flat quantity that every rank has whole."""
+    return torch.cat([buffers.own_part(bucket, flat[bucket.flat]) for bucket in buffers.buckets])
+
+
 @pytest.mark.parametrize(("bf16", "dp"), [(False, 1), (True, 3)])
 def test_frozen_parameters_keep_their_bits_and_do_not_count(bf16: bool, dp: int, tmp_path: Path) -> None:
-    run_ranks(train_with_frozen, tiny_config(tmp_path, "gpt2", bf16=bf16, weight_decay=0.5), dp=dp)
+    cfg = tiny_config(tmp_path, "gpt2", bf16=bf16, weight_decay=0.5, ddp_bucket_size=100_000)
+    run_ranks(train_with_frozen, cfg, dp=dp)
 
 
 def test_update_ranges_are_one_for_matrices_and_one_for_the_rest(tmp_path: Path) -> None:
     b = tiny_run(single_process_mesh(), tiny_config(tmp_path, "gpt2")).buffers
-    assert update_ranges(b, 0.5) == [Range(0, b.num_decayed, 0.5), Range(b.num_decayed, b.segments[-1].end)]
-    assert len(update_ranges(b, 0.0)) == 2
+    border = max(s.end for s in b.segments if s.is_decayed)
+    assert update_ranges(b, b.buckets[0], 0.5) == [Range(0, border, 0.5), Range(border, b.segments[-1].end)]
+    assert len(update_ranges(b, b.buckets[0], 0.0)) == 2
     for segment in b.segments:
         segment.parameter.requires_grad_(False)
-    assert update_ranges(b, 0.5) == []
+    assert update_ranges(b, b.buckets[0], 0.5) == []
