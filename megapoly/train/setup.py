@@ -127,7 +127,12 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, overlaps_chunks=cfg.parallel.tp_comm_overlap
+        mesh.tp,
+        cfg.parallel.sequence_parallel,
+        dtype,
+        mesh.device,
+        kv=mesh.kv,
+        overlaps_chunks=cfg.parallel.tp_comm_overlap,
     )
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     stages = [make_stage(split, folding.stage_of(mesh.pp.rank, chunk)) for chunk in range(folding.chunks)]
