@@ -90,15 +90,27 @@ def check_context(cfg: Config) -> None:
     )
 
 
+def check_tensor_parallel(m: ModelConfig, tp: int) -> None:
+    """Refuse a number of tensor-parallel ranks that the heads or the feed-forward width cannot be dealt to."""
+
+    def misfit(tp: int) -> str:
+        if m.num_attention_heads % tp:
+            return f"must divide num_attention_heads ({m.num_attention_heads})"
+        if m.num_kv_heads % tp and tp % m.num_kv_heads:
+            return f"must divide num_query_groups ({m.num_kv_heads}) or be a multiple of it"
+        return f"must divide ffn_hidden_size ({m.ffn_size})" if m.ffn_size % tp else ""
+
+    if found := misfit(tp):
+        nearest = min((n for n in range(1, m.num_attention_heads + 1) if not misfit(n)), key=lambda n: abs(n - tp))
+        raise ConfigError(f"tensor_model_parallel_size ({tp}) {found}; nearest that works: {nearest}")
+
+
 def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
     tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
     _positive(tensor_model_parallel_size=tp)
-    for name, size in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_kv_heads),
-                       ("ffn_hidden_size", m.ffn_size)):  # fmt: skip
-        if size % tp:
-            raise ConfigError(f"tensor_model_parallel_size ({tp}) must divide {name} ({size})")
+    check_tensor_parallel(m, tp)
     check_pipeline(m, p)
     check_context(cfg)
     if world_size % (tp * cp * pp):

@@ -19,7 +19,8 @@ class Attention(nn.Module):
     """Packed QKV projection, rotary attention, output projection.
 
     The packed matrix is [groups, N + 2, head_dim, hidden]: N query heads, then the key, then the value of each group,
-    so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N.
+    so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N. Where there are more
+    ranks than groups, each holds a part of one group's queries, and a copy of its key and value.
     """
 
     def __init__(
@@ -29,9 +30,9 @@ class Attention(nn.Module):
         self.run_core = remade if "core_attn" in redone else kept
         self.backend, self.scale, self.cp = backends.attention, m.softmax_scale, place.cp
         queries = m.num_attention_heads // m.num_kv_heads
-        self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
+        self.shape = HeadShape(place.kv.size * m.num_kv_heads // place.tp.size, queries // place.kv.size, m.head_dim)
         shape = (m.num_kv_heads, queries + 2, m.head_dim, m.hidden_size)
-        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear)
+        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear, copied=2)
         self.output = RowParallelLinear(
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )

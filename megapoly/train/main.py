@@ -76,7 +76,7 @@ def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
 def dry_run(prepared: Prepared, world: int) -> None:
     """Print the resolved configuration, counts, curriculum and memory."""
     cfg, m = prepared.cfg, prepared.cfg.model
-    layout = Layout.of(cfg.parallel)
+    layout = Layout.of(cfg)
     tp, pp, dp = layout.tp, layout.pp, world // layout.model
     count = num_parameters(m, prepared.vocab_size)
     pipeline = describe_pipeline(cfg, prepared.vocab_size, dp)
@@ -103,7 +103,7 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         parallel = cfg.parallel
         world = world_size()
         if asked.is_dry_run and world == 1:  # without a launcher: the smallest world that the layout fits
-            world = Layout.of(parallel).model
+            world = Layout.of(cfg).model
         else:
             check_devices(parallel)
             is_on_gpu = torch.cuda.is_available() and parallel.distributed_backend != "gloo"
@@ -124,7 +124,7 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
                 )
             return
         die_with_launcher()
-        mesh = init_mesh(parallel)
+        mesh = init_mesh(cfg)
         is_joined = True  # from here on a rank may meet what the others do not
         check_agreement(prepared, mesh)
         with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):

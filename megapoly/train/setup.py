@@ -141,7 +141,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp,
+        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, kv=mesh.kv,
         overlaps_chunks=cfg.parallel.tp_comm_overlap,
     )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
