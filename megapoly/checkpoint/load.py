@@ -18,7 +18,7 @@ from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_js
 from megapoly.checks import check_model, check_ramp
 from megapoly.config import SECTIONS, build
 from megapoly.errors import CheckpointError, ConfigError
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.sections import Config, ModelConfig
 
 # What makes a model another one, after defaults are filled in.
@@ -166,7 +166,7 @@ def check_same_model(
             raise CheckpointError(f"{reader.folder}: parameter '{name}' is {found}, this run wants {shape}")
 
 
-def load_checkpoint(folder: Path, optimizer: ShardedAdamW, weights_only: bool = False) -> None:
+def load_checkpoint(folder: Path, optimizer: ShardedOptimizer, weights_only: bool = False) -> None:
     """Read the state that this rank holds from a checkpoint of any layout; all ranks call it together.
 
     With weights_only the moments stay as they are (zero). Raises CheckpointError where this rank's part cannot be read.

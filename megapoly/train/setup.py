@@ -19,7 +19,8 @@ from megapoly.model.backends import choose_backends
 from megapoly.model.count import head_flops, layer_flops
 from megapoly.model.init import initialize
 from megapoly.model.transformer import Transformer
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
@@ -75,7 +76,7 @@ class Run:
     console: Console
     chunks: list[Transformer]
     buffers: FlatBuffers
-    optimizer: ShardedAdamW
+    optimizer: ShardedOptimizer
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
@@ -163,7 +164,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         console=Console(mesh.is_main),
         chunks=chunks,
         buffers=buffers,
-        optimizer=ShardedAdamW(buffers, cfg.optimizer, chunks[0].backends.adamw),
+        optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),

@@ -12,7 +12,8 @@ from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_run
 from torch import Tensor
 
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 
@@ -185,14 +186,14 @@ def steps_by_backend(mesh: Mesh, cfg: Config) -> list[list[Tensor]]:
     for backend in ("torch", "triton"):
         run = tiny_run(mesh, cfg)
         run.buffers.segments[1].parameter.requires_grad_(False)
-        optimizer = ShardedAdamW(run.buffers, cfg.optimizer, backend)
+        optimizer = ShardedOptimizer(run.buffers, Rules(cfg.optimizer, cfg.model), backend)
         norm = torch.zeros(())
         for step in (1, 2):
             grad = random(len(optimizer.master), seed=step + 10 * mesh.dp.rank)
             norm = optimizer.global_norm(grad)
             optimizer.step(grad, 0.01, 1 / norm)
         run.buffers.wait_params()
-        results.append([norm, optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, run.buffers.params])
+        results.append([norm, optimizer.master, optimizer.exp_avg.flat, optimizer.exp_avg_sq.flat, run.buffers.params])
     return results
 
 
