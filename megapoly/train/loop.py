@@ -10,7 +10,7 @@ from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.replicas import check_replicas
 from megapoly.train.metrics import Metrics, progress_line, say_validation
-from megapoly.train.setup import Run
+from megapoly.train.setup import Run, describe_pipeline
 from megapoly.train.step import evaluate, train_step
 
 
@@ -92,9 +92,10 @@ def introduce(run: Run) -> None:
         f"{flops_per_token(cfg.model, p.vocab_size) / 1e9:.3g} GFLOP a token"
     )
     console.say(
-        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size} on {mesh.device.type}"
-        f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; layers per stage {run.layer_split}; "
-        f"batch {cfg.train.global_batch_size} x {cfg.model.seq_length} tokens"
+        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size}"
+        f"{f' x CP {mesh.cp.size}' if mesh.cp.size > 1 else ''} on {mesh.device.type}"
+        f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; "
+        f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
     console.say(describe(p.plan))

@@ -216,7 +216,7 @@ def bad_file(data: Path, folder: Path, damage: str) -> list[str]:
         ("key", "unknown key 'num_layer'; did you mean 'num_layers'"),
         ("flag", "unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"),
         ("heads", "tensor_model_parallel_size (2) must divide num_attention_heads (3)"),
-        ("layers", "pipeline_model_parallel_size (2) must not exceed num_layers (1)"),
+        ("layers", "= 4 stages are too many for num_layers (1): only the first and the last may have none; pipeline_m"),
         (
             "world",
             "tensor_model_parallel_size (4) x pipeline_model_parallel_size (1) = 4 must divide the world size (2)",
@@ -243,7 +243,7 @@ def test_bad_input_ends_in_one_line_and_status_2_on_every_rank(
     elif name == "heads":
         words += ["--num-attention-heads", "3", "--hidden-size", "96", "--tensor-model-parallel-size", "2"]
     elif name == "layers":
-        words += ["--num-layers", "1", "--pipeline-model-parallel-size", "2"]
+        words += ["--num-layers", "1", "--pipeline-model-parallel-size", "4"]
     elif name == "world":
         words += ["--tensor-model-parallel-size", "4"]
     elif name == "backend":
