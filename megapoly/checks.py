@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ParallelConfig
+from megapoly.sections import Config, ModelConfig, ParallelConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -148,11 +148,45 @@ def check_training(cfg: Config) -> None:
         raise ConfigError("finetune needs load: the checkpoint whose weights to take")
 
 
+def check_replicas(p: ParallelConfig, replicas: int) -> None:
+    """Refuse optimizer instances, buckets and hash intervals that the replicas of the model cannot have."""
+    _positive(num_distributed_optimizer_instances=p.num_distributed_optimizer_instances,
+              ddp_bucket_size=p.ddp_bucket_size)  # fmt: skip
+    instances = p.num_distributed_optimizer_instances
+    if replicas % instances:
+        nearest = min((n for n in range(1, replicas + 1) if replicas % n == 0), key=lambda n: abs(n - instances))
+        raise ConfigError(
+            f"num_distributed_optimizer_instances ({instances}) must divide the {replicas} replicas of the model "
+            f"(data-parallel size x context_parallel_size); {nearest} does"
+        )
+    if p.check_weight_hash_across_dp_replicas_interval < 0:
+        raise ConfigError(
+            "check_weight_hash_across_dp_replicas_interval "
+            f"({p.check_weight_hash_across_dp_replicas_interval}) must be at least 0 (never)"
+        )
+
+
+def check_recompute(t: TrainConfig) -> None:
+    """Refuse recomputation that would do nothing, or other than what is asked for."""
+    _positive(recompute_num_layers=t.recompute_num_layers)
+    known = ("core_attn", "layernorm", "mlp_act")
+    if not t.recompute_modules or set(t.recompute_modules) - set(known):
+        raise ConfigError(f"recompute_modules {t.recompute_modules} must be some of {', '.join(known)}")
+    if t.cpu_offloading and t.recompute_granularity != "full":
+        raise ConfigError(
+            f"cpu_offloading needs recompute_granularity full (it is {t.recompute_granularity}): "
+            "what goes to the host are the inputs of redone blocks"
+        )
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
-    return check_layout(cfg, world_size)
+    check_recompute(cfg.train)
+    dp = check_layout(cfg, world_size)
+    check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
+    return dp
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:

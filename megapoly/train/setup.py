@@ -127,19 +127,16 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp,
-        cfg.parallel.sequence_parallel,
-        dtype,
-        mesh.device,
-        kv=mesh.kv,
+        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, mesh.kv,
         overlaps_chunks=cfg.parallel.tp_comm_overlap,
-    )
+    )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     stages = [make_stage(split, folding.stage_of(mesh.pp.rank, chunk)) for chunk in range(folding.chunks)]
     chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
     wire = torch.float32 if cfg.precision.accumulate_allreduce_grads_in_fp32 else torch.bfloat16
     buffers = FlatBuffers(chunks, mesh, m.tied and folding.ends_apart, cfg.parallel, wire)
-    tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    shares = mesh.cp.size * (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    tokens = cfg.train.micro_batch_size * m.seq_length // shares
     pipeline = Pipeline(
         mesh.pp, cfg.parallel.schedule, folding, (tokens, m.hidden_size), chunks[0].residual_dtype, mesh.device,
         place.weight_gradients,

@@ -11,6 +11,7 @@ from megapoly.model.transformer import Transformer
 from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.schedule import learning_rate
 from megapoly.parallel.collectives import all_reduce_
+from megapoly.parallel.context import local_batch
 from megapoly.train.setup import Run, to_device
 
 
@@ -30,10 +31,11 @@ class StepStats:
 
 def train_step(run: Run, step: int) -> StepStats:
     """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
-    batches = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
+    whole = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
+    batches = [local_batch(batch, run.mesh.cp) for batch in whole]
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
-    all_reduce_(num_tokens, run.mesh.dp)
+    all_reduce_(num_tokens, run.mesh.replicas)
 
     run.buffers.begin(len(batches))
 
@@ -71,8 +73,8 @@ def stage_forward(
 
 
 def sum_over_stages(run: Run, by_source: Tensor) -> Tensor:
-    """Complete the per-source sums over data-parallel ranks, and bring them from the last stage to all."""
-    return all_reduce_(all_reduce_(by_source, run.mesh.dp), run.mesh.pp)
+    """Complete the per-source sums over data- and context-parallel ranks, and bring them from the last stage to all."""
+    return all_reduce_(all_reduce_(by_source, run.mesh.replicas), run.mesh.pp)
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def evaluate(run: Run) -> Tensor:
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     one = torch.ones((), device=run.mesh.device)
     for number in range(run.valid_loader.num_batches):
-        batches = run.valid_loader.batch(number)
+        batches = [local_batch(batch, run.mesh.cp) for batch in run.valid_loader.batch(number)]
 
         def forward(chunk: int, i: int, hidden: Tensor | None, batches: list[Batch] = batches) -> Tensor:
             return stage_forward(run, run.chunks[chunk], batches[i], hidden, one, by_source)

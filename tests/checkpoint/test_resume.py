@@ -85,6 +85,38 @@ def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], tmp_pa
         assert torch.equal(loaded[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("bf16", "first", "then"),
+    [
+        (False, ((1, 1, 4, 2), 40_000), ((1, 2, 3, 1), 1)),
+        (True, ((2, 1, 2, 1), 1), ((1, 1, 4, 4), 40_000)),
+        (True, ((1, 2, 4, 2), 1 << 40), ((1, 1, 1, 1), 40_000)),
+        (False, ((1, 1, 1, 1), 1), ((2, 1, 4, 2), 40_000)),
+    ],
+)
+def test_neither_shards_nor_instances_nor_buckets_are_in_a_checkpoint(
+    bf16: bool, first: tuple, then: tuple, tmp_path: Path
+) -> None:
+    """Saved on one (tp, pp, dp, instances) and bucket size, loaded on another: the same bits, moments included."""
+
+    def on(layout: tuple[int, int, int, int], bucket_size: int) -> tuple[Config, dict[str, int]]:
+        tp, pp, dp, instances = layout
+        cfg = tiny_config(
+            tmp_path, "gpt2", 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, bf16=bf16,
+            num_distributed_optimizer_instances=instances, ddp_bucket_size=bucket_size, global_batch_size=12,
+        )  # fmt: skip
+        return cfg, {"tp": tp, "pp": pp, "dp": dp, "instances": instances}
+
+    cfg, ranks = on(*first)
+    expected = run_ranks(run_to_end, cfg, **ranks)[0]
+    assert all(tensor.any() for name, tensor in expected.items() if name.startswith("exp_avg_sq"))
+    cfg, ranks = on(*then)
+    for loaded in run_ranks(load_state, cfg, **ranks):
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), name
+
+
 def test_padding_is_never_on_disk(tmp_path: Path) -> None:
     saved(tmp_path)
     reader = CheckpointReader.open(tmp_path / "run")

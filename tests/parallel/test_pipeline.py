@@ -225,7 +225,7 @@ def most_alive(mesh: Mesh, cells: list[Cell]) -> list[dict[str, Tensor]]:
         sent: list[StorageWeakRef] = []
         with LiveStorages() as live:
 
-            def watch(output: Tensor) -> None:
+            def watch(output: Tensor, sent=sent, counts=counts, outputs=outputs) -> None:
                 sent.append(StorageWeakRef(output.untyped_storage()))
                 counts.append(live.count())
                 outputs.append(sum(not ref.expired() for ref in sent))
