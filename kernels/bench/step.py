@@ -70,7 +70,8 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
     from megapoly.model.loss import masked_losses
     from megapoly.model.transformer import Transformer
     from megapoly.optim.clip import clip_coefficient
-    from megapoly.optim.sharded import ShardedAdamW
+    from megapoly.optim.groups import Rules
+    from megapoly.optim.sharded import ShardedOptimizer
     from megapoly.parallel.gradients import FlatBuffers
     from megapoly.parallel.mesh import single_process_mesh
     from megapoly.parallel.stage import make_stage
@@ -91,7 +92,7 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
             if shard.init == "ones":
                 parameter.fill_(1.0)
     buffers = FlatBuffers([model], mesh, cfg.model.tied, cfg.parallel)
-    optimizer = ShardedAdamW(buffers, cfg.optimizer, chosen.adamw)
+    optimizer = ShardedOptimizer(buffers, Rules(cfg.optimizer, cfg.model), chosen.adamw)
     mask_BS = torch.ones(sizes.sequences, sizes.length, device=device)
     num_tokens = mask_BS.sum()
 

@@ -45,7 +45,7 @@ class FlatBuffers:
         self, chunks: Sequence[nn.Module], mesh: Mesh, tied: bool, cfg: ParallelConfig,
         wire: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        self.mesh, self.cfg, self.wire = mesh, cfg, wire
+        self.mesh, self.tied, self.cfg, self.wire = mesh, tied, cfg, wire
         named = list(sharded_parameters(*chunks))
         is_alone = mesh.replicas.size == 1
         self.buckets, self.segments = lay_out([named] if is_alone else group(named, cfg.ddp_bucket_size), mesh)
