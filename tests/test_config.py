@@ -126,7 +126,13 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "world", "numbers"),
     [
-        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)")),
+        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)", "nearest that works: 2")),
+        (
+            {"tensor_model_parallel_size": 6, "num_attention_heads": 12, "kv_channels": 16, "num_query_groups": 4},
+            6,
+            ("(6)", "num_query_groups (4)", "nearest that works: 4"),
+        ),
+        ({"tensor_model_parallel_size": 2, "tp_comm_overlap": True}, 2, ("sequence_parallel",)),
         ({"pipeline_model_parallel_size": 7}, 7, ("(7)", "(4)", "pipeline_model_parallel_size 6 would")),
         ({"pipeline_model_parallel_size": 4, "pipeline_schedule": "interleaved"}, 4, ("(4)", "(2)", "= 8", "_size 3 ")),
         ({"num_virtual_stages_per_pipeline_rank": 7}, 1, ("(7)", "(4)", "fewer chunks")),

@@ -147,8 +147,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, kv=mesh.kv,
-        overlaps_chunks=cfg.parallel.tp_comm_overlap,
+        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, mesh.kv,
+        overlaps_chunks=cfg.parallel.tp_comm_overlap, fp8=cfg.precision.fp8_recipe is not None,
     )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     numbers = [folding.stage_of(mesh.pp.rank, chunk) for chunk in range(folding.chunks)]
