@@ -3,10 +3,11 @@
 from collections.abc import Collection
 from functools import partial
 
-from megapoly_kernels import Backends, HeadShape, Sequences, rotary_attention
+from megapoly_kernels import Backends, HeadShape, LocalChunks, Sequences, context_attention, rotary_attention
 from torch import Tensor, nn
 
 from megapoly.model.recompute import Remake, kept, remade
+from megapoly.parallel.context import KeyExchange
 from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
@@ -18,7 +19,8 @@ class Attention(nn.Module):
     """Packed QKV projection, rotary attention, output projection.
 
     The packed matrix is [groups, N + 2, head_dim, hidden]: N query heads, then the key, then the value of each group,
-    so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N.
+    so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N. Where there are more
+    ranks than groups, each holds a part of one group's queries, and a copy of its key and value.
     """
 
     def __init__(
@@ -26,17 +28,17 @@ class Attention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.run_core = remade if "core_attn" in redone else kept
-        self.backend = backends.attention
+        self.backend, self.scale, self.cp = backends.attention, m.softmax_scale, place.cp
         queries = m.num_attention_heads // m.num_kv_heads
-        self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
+        self.shape = HeadShape(place.kv.size * m.num_kv_heads // place.tp.size, queries // place.kv.size, m.head_dim)
         shape = (m.num_kv_heads, queries + 2, m.head_dim, m.hidden_size)
-        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear)
+        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear, copied=2)
         self.output = RowParallelLinear(
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )
 
     def forward(
-        self, x_tH: Tensor, sequences: Sequences, table: RotaryTable | None, remake: Remake | None = None
+        self, x_tH: Tensor, sequences: Sequences | LocalChunks, table: RotaryTable | None, remake: Remake | None = None
     ) -> Tensor:
         """x_tH, or what gives it again, -> the branch, both [tokens of this rank, hidden]."""
         core = partial(self._core, sequences=sequences, table=table)
@@ -44,10 +46,15 @@ class Attention(nn.Module):
         result: Tensor = self.output(out_Tf, remake)
         return result
 
-    def _core(self, qkv_TF: Tensor, sequences: Sequences, table: RotaryTable | None) -> tuple[Tensor]:
+    def _core(self, qkv_TF: Tensor, sequences: Sequences | LocalChunks, table: RotaryTable | None) -> tuple[Tensor]:
         cos, sin = table if table is not None else (None, None)
-        # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
-        out_ThK = rotary_attention(
-            qkv_TF, self.shape, sequences, cos, sin, in_place=self.run_core is kept, backend=self.backend
-        )
+        if isinstance(sequences, LocalChunks):
+            exchange = KeyExchange(self.cp, sequences.batch)
+            out_ThK = context_attention(qkv_TF, self.shape, sequences, exchange, cos, sin, backend=self.backend)
+        else:
+            # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
+            is_free = self.run_core is kept
+            out_ThK = rotary_attention(
+                qkv_TF, self.shape, sequences, cos, sin, scale=self.scale, in_place=is_free, backend=self.backend
+            )
         return (out_ThK.flatten(1),)

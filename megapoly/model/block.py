@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from functools import partial
 
-from megapoly_kernels import Backends, Sequences
+from megapoly_kernels import Backends, LocalChunks, Sequences
 from torch import Tensor, nn
 
 from megapoly.model.attention import Attention, RotaryTable
@@ -37,7 +37,11 @@ class Block(nn.Module):
         self.mlp = Mlp(m, place, backends, redone)
 
     def forward(
-        self, branch_tH: Tensor | None, residual_tH: Tensor, sequences: Sequences, table: RotaryTable | None
+        self,
+        branch_tH: Tensor | None,
+        residual_tH: Tensor,
+        sequences: Sequences | LocalChunks,
+        table: RotaryTable | None,
     ) -> tuple[Tensor, Tensor]:
         """(pending branch or None, residual) -> (pending branch, residual), all [tokens of this rank, hidden]."""
         normed_tH, residual_tH, remake = self._normed(self.attention_norm, branch_tH, residual_tH)
