@@ -58,6 +58,13 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
             f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
             f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
+    if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
+        asked = f"pipeline_schedule {p.pipeline_schedule or 'interleaved'} with {p.chunks} chunks"
+        raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
+    if p.pipeline_vocab_parallel and m.tied:
+        raise ConfigError(
+            "pipeline_vocab_parallel needs untie_embeddings_and_output_weights: a tied matrix is the first stage's"
+        )
     if p.stages > m.num_layers + 2:
         most = (m.num_layers + 2) // p.chunks
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Which ranks stand in which group: Megatron-LM's order, and what every axis is for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megapoly.parallel.mesh import Axis, Layout, Mesh, make_mesh, single_process_mesh
+from megapoly.parallel.mesh import Axis, Layout, Mesh, make_mesh, prepare_host, single_process_mesh
+from megapoly.sections import ParallelConfig
 
 WORLD = 32
 LAYOUT = Layout(tp=2, cp=2, pp=2, instances=2, shares_vocab=True, kv=2)
@@ -82,3 +84,15 @@ def test_a_middle_stage_has_no_embedding_partner() -> None:
 def test_one_process_needs_no_group() -> None:
     assert all(axis.size == 1 and axis.group is None for axis in single_process_mesh().axes)
     assert len(single_process_mesh().axes) == 11
+
+
+@pytest.mark.parametrize(("sizes", "chosen"), [({}, None), ({"tensor_model_parallel_size": 2}, "1")])
+def test_kernels_start_in_the_order_of_issue_where_tensor_parallel_needs_it(
+    sizes: dict[str, int], chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    prepare_host(ParallelConfig(**sizes))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == chosen
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "0"})
+    prepare_host(ParallelConfig(**sizes))
+    assert os.environ == {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "0"}
