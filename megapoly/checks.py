@@ -117,9 +117,10 @@ def check_fp8(cfg: Config) -> None:
     m, tp = cfg.model, cfg.parallel.tensor_model_parallel_size
     if cfg.precision.fp8_recipe is None:
         return
-    for name, is_on in (("tp_comm_overlap", cfg.parallel.tp_comm_overlap), ("torch_compile", cfg.train.torch_compile)):
-        if is_on:
-            raise ConfigError(f"fp8_recipe ({cfg.precision.fp8_recipe}) does not go with {name}: turn one of them off")
+    if cfg.parallel.tp_comm_overlap:
+        raise ConfigError(
+            f"fp8_recipe {cfg.precision.fp8_recipe} does not go with tp_comm_overlap: leave out one of them"
+        )
     query = m.num_attention_heads // tp * m.head_dim
     packed = query + 2 * max(m.num_kv_heads // tp, 1) * m.head_dim
     for name, value, share, ranks in (("hidden_size", m.hidden_size, m.hidden_size, 1),

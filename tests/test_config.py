@@ -133,6 +133,22 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
             ("(6)", "num_query_groups (4)", "nearest that works: 4"),
         ),
         ({"tensor_model_parallel_size": 2, "tp_comm_overlap": True}, 2, ("sequence_parallel",)),
+        (
+            {"fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2, "ffn_hidden_size": 400},
+            2,
+            ("ffn_hidden_size (400)", "200 on each of 2", "384 or 416"),
+        ),
+        ({"fp8_recipe": "tensorwise", "kv_channels": 9}, 1, ("kv_channels (9)", "72 on each of 1", "kv_channels 16")),
+        (
+            {
+                "fp8_recipe": "tensorwise",
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "tp_comm_overlap": True,
+            },
+            2,
+            ("fp8_recipe", "tp_comm_overlap"),
+        ),
         ({"pipeline_model_parallel_size": 7}, 7, ("(7)", "(4)", "pipeline_model_parallel_size 6 would")),
         ({"pipeline_model_parallel_size": 4, "pipeline_schedule": "interleaved"}, 4, ("(4)", "(2)", "= 8", "_size 3 ")),
         ({"num_virtual_stages_per_pipeline_rank": 7}, 1, ("(7)", "(4)", "fewer chunks")),
