@@ -52,18 +52,18 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     """Refuse a schedule for another number of chunks, and stages that no layer is left for."""
     pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
-    wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
-    if p.chunks != wanted:
-        raise ConfigError(
-            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
-            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
-        )
     if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
         asked = f"pipeline_schedule {p.pipeline_schedule or 'interleaved'} with {p.chunks} chunks"
         raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
     if p.pipeline_vocab_parallel and m.tied:
         raise ConfigError(
             "pipeline_vocab_parallel needs untie_embeddings_and_output_weights: a tied matrix is the first stage's"
+        )
+    wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
+    if p.chunks != wanted:
+        raise ConfigError(
+            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
+            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
     if p.stages > m.num_layers + 2:
         most = (m.num_layers + 2) // p.chunks
@@ -117,9 +117,10 @@ def check_fp8(cfg: Config) -> None:
     m, tp = cfg.model, cfg.parallel.tensor_model_parallel_size
     if cfg.precision.fp8_recipe is None:
         return
-    for name, is_on in (("tp_comm_overlap", cfg.parallel.tp_comm_overlap), ("torch_compile", cfg.train.torch_compile)):
-        if is_on:
-            raise ConfigError(f"fp8_recipe ({cfg.precision.fp8_recipe}) does not go with {name}: turn one of them off")
+    if cfg.parallel.tp_comm_overlap:
+        raise ConfigError(
+            f"fp8_recipe {cfg.precision.fp8_recipe} does not go with tp_comm_overlap: leave out one of them"
+        )
     query = m.num_attention_heads // tp * m.head_dim
     packed = query + 2 * max(m.num_kv_heads // tp, 1) * m.head_dim
     for name, value, share, ranks in (("hidden_size", m.hidden_size, m.hidden_size, 1),

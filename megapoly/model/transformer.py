@@ -1,5 +1,6 @@
 """The decoder-only transformer, or the part of it that one pipeline stage holds."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -50,8 +51,8 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
-        self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
-        self.backends = backends
+        self.m, self.stage, self.vocab_size, self.backends = m, stage, vocab_size, backends
+        self.place = dataclasses.replace(place, fp8=False)  # FP8 is for the blocks: logits keep their precision
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
