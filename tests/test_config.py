@@ -101,6 +101,12 @@ def test_flags_take_megatrons_forms() -> None:
     assert rest == ["word", "--unknown"]
 
 
+def test_a_list_may_stand_in_several_words() -> None:
+    expected = {"rampup_batch_size": [16, 8, 3000], "lr": 1e-3}
+    for words in (["16,8,3000"], ["16", "8", "3000"]):
+        assert parse_flags(["--rampup-batch-size", *words, "--lr", "1e-3"]) == (expected, [])
+
+
 def test_a_misspelt_flag_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"):
         refuse_unknown(["--micro-batch-sise"])
@@ -120,7 +126,29 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "world", "numbers"),
     [
-        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)")),
+        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)", "nearest that works: 2")),
+        (
+            {"tensor_model_parallel_size": 6, "num_attention_heads": 12, "kv_channels": 16, "num_query_groups": 4},
+            6,
+            ("(6)", "num_query_groups (4)", "nearest that works: 4"),
+        ),
+        ({"tensor_model_parallel_size": 2, "tp_comm_overlap": True}, 2, ("sequence_parallel",)),
+        (
+            {"fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2, "ffn_hidden_size": 400},
+            2,
+            ("ffn_hidden_size (400)", "200 on each of 2", "384 or 416"),
+        ),
+        ({"fp8_recipe": "tensorwise", "kv_channels": 9}, 1, ("kv_channels (9)", "72 on each of 1", "kv_channels 16")),
+        (
+            {
+                "fp8_recipe": "tensorwise",
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "tp_comm_overlap": True,
+            },
+            2,
+            ("fp8_recipe", "tp_comm_overlap"),
+        ),
         ({"pipeline_model_parallel_size": 7}, 7, ("(7)", "(4)", "pipeline_model_parallel_size 6 would")),
         ({"pipeline_model_parallel_size": 4, "pipeline_schedule": "interleaved"}, 4, ("(4)", "(2)", "= 8", "_size 3 ")),
         ({"num_virtual_stages_per_pipeline_rank": 7}, 1, ("(7)", "(4)", "fewer chunks")),
@@ -148,6 +176,15 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
             ("out", "interleaved with 2"),
         ),
         ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
+        ({"num_distributed_optimizer_instances": 3}, 4, ("(3)", "4 replicas", "2 does")),
+        (
+            {"num_distributed_optimizer_instances": 4, "tensor_model_parallel_size": 4},
+            8,
+            ("(4)", "2 replicas", "2 does"),
+        ),
+        ({"num_distributed_optimizer_instances": 0}, 4, ("(0)",)),
+        ({"ddp_bucket_size": 0}, 1, ("(0)",)),
+        ({"check_weight_hash_across_dp_replicas_interval": -1}, 1, ("(-1)",)),
         ({"lr": -1.0}, 1, ("-1.0",)),
         ({"rotary_percent": 0.1, "position_embedding_type": "rope"}, 1, ("(0.1)", "(32)")),
     ],

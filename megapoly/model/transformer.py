@@ -1,5 +1,6 @@
 """The decoder-only transformer, or the part of it that one pipeline stage holds."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -50,8 +51,8 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
-        self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
-        self.backends = backends
+        self.m, self.stage, self.vocab_size, self.backends = m, stage, vocab_size, backends
+        self.place = dataclasses.replace(place, fp8=False)  # FP8 is for the blocks: logits keep their precision
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
@@ -61,6 +62,9 @@ class Transformer(nn.Module):
             self.embedding["position"] = PositionEmbedding(m, place)
         modules = redone_modules(cfg.train)
         self.layers = nn.ModuleDict({str(i): Block(m, place, backends, modules) for i in stage.layers})
+        if cfg.train.torch_compile:
+            for block in self.layers.values():  # not the module: its hooks, which wait for parameters, stay outside
+                block.forward = torch.compile(block.forward)
         self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
         self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
@@ -98,7 +102,8 @@ class Transformer(nn.Module):
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH
-            return result
+            # muP's factor of the logits: the head is linear, so that what enters it may carry the factor.
+            return result / self.m.width_multiple if self.m.use_mup else result
         return joined(branch_tH, residual_tH)
 
     def _run(

@@ -20,7 +20,8 @@ from megapoly.model.count import head_flops, layer_flops
 from megapoly.model.head import SharedHead
 from megapoly.model.init import initialize
 from megapoly.model.transformer import Transformer
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
@@ -77,7 +78,7 @@ class Run:
     chunks: list[Transformer]
     head: SharedHead | None
     buffers: FlatBuffers
-    optimizer: ShardedAdamW
+    optimizer: ShardedOptimizer
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
@@ -99,7 +100,7 @@ class Run:
             "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "data": self.prepared.data_hashes,
-            "layout": {"tp": self.mesh.tp.size, "pp": self.mesh.pp.size, "dp": self.mesh.dp.size},
+            "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
             "config": self.cfg.to_dict(),
         }
 
@@ -146,8 +147,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp,
-        overlaps_chunks=cfg.parallel.tp_comm_overlap,
+        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, mesh.kv,
+        overlaps_chunks=cfg.parallel.tp_comm_overlap, fp8=cfg.precision.fp8_recipe is not None,
     )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     numbers = [folding.stage_of(mesh.pp.rank, chunk) for chunk in range(folding.chunks)]
@@ -175,9 +176,9 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         chunks=chunks,
         head=head,
         buffers=buffers,
-        optimizer=ShardedAdamW(buffers, cfg.optimizer, chunks[0].backends.adamw),
+        optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         pipeline=pipeline,
-        loader=TrainLoader(prepared.plan, prepared.streams, deal),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
     )
 
