@@ -31,7 +31,7 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Activations (for an 'F') or gradients (for a 'B') on their way from a rank to a chunk of a rank; 'H': ranks meet."""
+    """Activations (for an 'F') or gradients (for a 'B') on their way to a chunk of a rank; or ranks that meet ('H')."""
 
     source: int
     target: int
