@@ -223,7 +223,7 @@ def serve(who: Contestant, rank: int, folder: Path, store: str, asked: Connectio
             asked.send(((time.perf_counter() - begin) / count, peak_bytes()))
     except EOFError:  # the process that measures is gone
         sys.exit(1)
-    except Exception:
+    except Exception:  # whatever it is, the process that measures reports it and goes on with the others
         asked.send(traceback.format_exc())
 
 
