@@ -174,9 +174,9 @@ def describe_memory(cfg: Config, vocab_size: int, split: tuple[int, ...], world:
         "optimizer": state.optimizer,
         "activations": active,
     }
-    told = ", ".join(f"{what} {size / GIB:.2f}" for what, size in parts.items())
+    told = ", ".join(f"{what} {size / GIB:.3g}" for what, size in parts.items())
     which = f" on pipeline rank {fullest}, the fullest" if ranks > 1 else ""
-    return f"memory a rank{which}: {(state.bytes + active) / GIB:.2f} GiB ({told}), and what passes use and free"
+    return f"memory a rank{which}: {(state.bytes + active) / GIB:.3g} GiB ({told}), and what passes use and free"
 
 
 def _stream(seat: Seat) -> int:
