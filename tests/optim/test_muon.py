@@ -10,9 +10,9 @@ import pytest
 import torch
 from ranks import assemble, run_ranks
 from test_sharded import gradient
-from tiny_runs import tiny_config, tiny_run
+from tiny_runs import tiny_config, tiny_run, whole_state
 
-from megapoly.checkpoint.state import pieces, training_state
+from megapoly.checkpoint.state import pieces
 from megapoly.optim.groups import is_hidden_matrix
 from megapoly.optim.muon import deal, flops, matrices, newton_schulz, orthogonalize_
 from megapoly.parallel.mesh import Mesh, single_process_mesh
@@ -99,7 +99,7 @@ def three_steps(mesh: Mesh, cfg: Config) -> tuple[dict, dict]:
     assert torch.equal(
         run.buffers.params, torch.cat([run.buffers.gather_flat(b, run.optimizer.master[b.owned]) for b in run.buffers.buckets])
     )  # fmt: skip
-    return before, assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
+    return before, whole_state(run)
 
 
 def muon_config(folder: Path, family: str, tp: int = 1, pp: int = 1, **options: Any) -> Config:

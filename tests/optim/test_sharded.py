@@ -7,9 +7,9 @@ import pytest
 import torch
 from megapoly_kernels import Range
 from ranks import assemble, run_ranks
-from tiny_runs import tiny_config, tiny_run
+from tiny_runs import tiny_config, tiny_run, whole_state
 
-from megapoly.checkpoint.state import pieces, training_state
+from megapoly.checkpoint.state import pieces
 from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.groups import Rules
 from megapoly.optim.sharded import ShardedOptimizer, update_ranges
@@ -37,7 +37,7 @@ def three_steps(mesh: Mesh, cfg: Config) -> tuple[dict, dict, float]:
             piece.tensor.copy_(whole[place])
         norm = run.optimizer.global_norm(owned)
         run.optimizer.step(owned, lr=0.01)
-    return before, assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True)), norm.item()
+    return before, whole_state(run), norm.item()
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (1, 3, 1)])

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import assemble, run_ranks
-from tiny_runs import keep_first_gradients, tiny_config, tiny_run
+from ranks import run_ranks
+from tiny_runs import keep_first_gradients, tiny_config, tiny_run, whole_state
 from torch import Tensor
 
-from megapoly.checkpoint.state import pieces, training_state
 from megapoly.optim.groups import Rules
 from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.buckets import ALIGNMENT, WORD, Bucket
@@ -43,7 +42,7 @@ def training(mesh: Mesh, cfg: Config) -> dict[str, Any]:
     gradients = keep_first_gradients(run)
     losses = [train_step(run, step).by_source.tolist() for step in range(1, STEPS + 1)]
     held_out = evaluate(run).tolist()
-    state = assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
+    state = whole_state(run)
     run.buffers.wait_params()
     return {
         "losses": losses,

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import assemble, run_ranks
+from ranks import run_ranks
 from safetensors.torch import load_file
 from test_parity import STEPS, assert_same_training, steps_of
-from tiny_runs import VOCAB, tiny_config, tiny_run
+from tiny_runs import VOCAB, tiny_config, tiny_run, whole_state
 
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint, load_checkpoint
-from megapoly.checkpoint.state import pieces, training_state
 from megapoly.hf.export import export
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.mesh import Mesh
@@ -49,16 +48,13 @@ def test_ranks_that_share_key_value_heads_train_like_one_process(
 
 def require_equal_copies(run: Run) -> None:
     shards = 0
+    run.buffers.wait_params()
     for _, parameter, (*_, last) in sharded_parameters(*run.chunks):
         if last.is_copied:
             copies = all_gather(last.held(parameter).detach()[None], run.mesh.kv)
             assert len(copies) == 2 and copies[0].any() and torch.equal(copies[0], copies[1])
             shards += 1
     assert shards == 2 * run.cfg.model.num_layers  # weights and biases
-
-
-def whole_state(run: Run) -> dict[str, torch.Tensor]:
-    return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
 
 
 def trained(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
