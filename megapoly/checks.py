@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ParallelConfig, TrainConfig
+from megapoly.sections import Config, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -17,7 +17,7 @@ def check_model(m: ModelConfig) -> None:
     _positive(
         num_layers=m.num_layers, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups, kv_channels=m.kv_channels,
-        seq_length=m.seq_length, init_method_std=m.init_method_std,
+        seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
     for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size), ("seq_length", m.seq_length)):
@@ -31,6 +31,10 @@ def check_model(m: ModelConfig) -> None:
     if m.num_attention_heads % m.num_kv_heads:
         raise ConfigError(
             f"num_query_groups ({m.num_kv_heads}) must divide num_attention_heads ({m.num_attention_heads})"
+        )
+    if m.use_mup and m.init_method != "normal":
+        raise ConfigError(
+            f"use_mup scales init_method_std with the width: it needs init_method normal, not {m.init_method}"
         )
     if m.max_positions < m.seq_length:
         raise ConfigError(f"max_position_embeddings ({m.max_positions}) must be at least seq_length ({m.seq_length})")
@@ -50,17 +54,16 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
     wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
     if p.chunks != wanted:
-        other = "" if p.schedule == "zb-v" and p.chunks == 1 else f"; interleaved takes {p.chunks}"
         raise ConfigError(
-            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}"
-            + other
+            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
+            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
     if p.stages > m.num_layers + 2:
         most = (m.num_layers + 2) // p.chunks
-        way_out = f"pipeline_model_parallel_size {most}" if most else f"{(m.num_layers + 2) // pp} chunks"
         raise ConfigError(
-            f"pipeline_model_parallel_size ({pp}) x {p.chunks} chunks of a rank = {p.stages} stages are too many for "
-            f"num_layers ({m.num_layers}): only the first and the last may have none; {way_out} can be had"
+            f"pipeline_model_parallel_size ({pp}) x num_virtual_stages_per_pipeline_rank ({p.chunks}) = {p.stages} "
+            f"stages are too many for num_layers ({m.num_layers}): only the first and the last may have none; "
+            + (f"pipeline_model_parallel_size {most} would do" if most else "use fewer chunks")
         )
     split = p.pipeline_layer_split
     if split is not None and (
@@ -68,41 +71,108 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     ):
         raise ConfigError(
             f"pipeline_layer_split {split} must name {p.stages} stages (pipeline_model_parallel_size {pp} x "
-            f"{p.chunks} chunks) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
+            f"{p.chunks} on each) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
         )
+
+
+def check_context(cfg: Config) -> None:
+    """Refuse sequences that cannot be dealt out to context-parallel ranks: each holds two of 2 x cp equal chunks."""
+    cp, length = cfg.parallel.context_parallel_size, cfg.model.seq_length
+    _positive(context_parallel_size=cp)
+    chunks = 2 * cp
+    if cp == 1 or length % chunks == 0:
+        return
+    lengths = " or ".join(f"{near:,}" for near in (length // chunks * chunks, -(-length // chunks) * chunks) if near)
+    fewer = next(size for size in range(cp - 1, 0, -1) if size == 1 or length % (2 * size) == 0)
+    raise ConfigError(
+        f"context_parallel_size ({cp}) cuts sequences into {chunks} chunks, which seq_length ({length:,}) does not "
+        f"divide into: use seq_length {lengths}, or context_parallel_size {fewer}"
+    )
+
+
+def check_tensor_parallel(m: ModelConfig, tp: int) -> None:
+    """Refuse a number of tensor-parallel ranks that the heads or the feed-forward width cannot be dealt to."""
+
+    def misfit(tp: int) -> str:
+        if m.num_attention_heads % tp:
+            return f"must divide num_attention_heads ({m.num_attention_heads})"
+        if m.num_kv_heads % tp and tp % m.num_kv_heads:
+            return f"must divide num_query_groups ({m.num_kv_heads}) or be a multiple of it"
+        return f"must divide ffn_hidden_size ({m.ffn_size})" if m.ffn_size % tp else ""
+
+    if found := misfit(tp):
+        nearest = min((n for n in range(1, m.num_attention_heads + 1) if not misfit(n)), key=lambda n: abs(n - tp))
+        raise ConfigError(f"tensor_model_parallel_size ({tp}) {found}; nearest that works: {nearest}")
 
 
 def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
     _positive(tensor_model_parallel_size=tp)
-    for name, size in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_kv_heads),
-                       ("ffn_hidden_size", m.ffn_size)):  # fmt: skip
-        if size % tp:
-            raise ConfigError(f"tensor_model_parallel_size ({tp}) must divide {name} ({size})")
+    check_tensor_parallel(m, tp)
     check_pipeline(m, p)
-    if world_size % (tp * pp):
+    check_context(cfg)
+    if world_size % (tp * cp * pp):
+        context = f"context_parallel_size ({cp}) x " if cp > 1 else ""
         raise ConfigError(
-            f"tensor_model_parallel_size ({tp}) x pipeline_model_parallel_size ({pp}) = {tp * pp} "
+            f"tensor_model_parallel_size ({tp}) x {context}pipeline_model_parallel_size ({pp}) = {tp * cp * pp} "
             f"must divide the world size ({world_size})"
         )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
-    if p.sequence_parallel and (t.micro_batch_size * m.seq_length) % tp:
+    if p.sequence_parallel and (t.micro_batch_size * m.seq_length // cp) % tp:
+        shared = " / context_parallel_size" if cp > 1 else ""
         raise ConfigError(
             f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
-            f"micro_batch_size x seq_length ({t.micro_batch_size * m.seq_length})"
+            f"micro_batch_size x seq_length{shared} ({t.micro_batch_size * m.seq_length // cp})"
         )
     if p.tp_comm_overlap and not p.sequence_parallel:
         raise ConfigError("tp_comm_overlap needs sequence_parallel, whose collectives it overlaps: turn both on")
-    dp = world_size // (tp * pp)
-    if t.global_batch_size % (t.micro_batch_size * dp):
-        raise ConfigError(
-            f"global_batch_size ({t.global_batch_size}) must be a multiple of micro_batch_size "
-            f"({t.micro_batch_size}) x data-parallel size ({dp}) = {t.micro_batch_size * dp}"
-        )
+    dp = world_size // (tp * cp * pp)
+    check_batches(t, dp)
     return dp
+
+
+def check_batches(t: TrainConfig, dp: int) -> None:
+    """Refuse global batches that cannot be dealt out evenly, those of a ramp-up included."""
+    unit, end = t.micro_batch_size * dp, t.global_batch_size
+    product = f"micro_batch_size ({t.micro_batch_size}) x data-parallel size ({dp}) = {unit}"
+    if end % unit:
+        raise ConfigError(f"global_batch_size ({end}) must be a multiple of {product}")
+    check_ramp(t)
+    if t.rampup_batch_size is None:
+        return
+    start, increment, samples = t.rampup_batch_size
+    if uneven := [size for size in range(start, end, increment) if size % unit]:
+        shown = ", ".join(map(str, uneven[:8])) + (", .." if len(uneven) > 8 else "")
+        raise ConfigError(
+            f"rampup_batch_size {start},{increment},{samples} has batches of {shown}, no multiples of {product}; "
+            f"{_nearest_ramp(start, increment, samples, end, unit)}"
+        )
+
+
+def check_ramp(t: TrainConfig) -> None:
+    """Refuse a ramp-up that does not lead to global_batch_size."""
+    if t.rampup_batch_size is None:
+        return
+    if len(t.rampup_batch_size) != 3 or min(t.rampup_batch_size) < 1:
+        raise ConfigError(f"rampup_batch_size {t.rampup_batch_size} must be start,increment,samples, each at least 1")
+    (start, increment, samples), end = t.rampup_batch_size, t.global_batch_size
+    if start >= end or (end - start) % increment:
+        raise ConfigError(
+            f"rampup_batch_size must go from start ({start}) to global_batch_size ({end}) by whole "
+            f"increments ({increment}); {_nearest_ramp(start, increment, samples, end, 1)}"
+        )
+
+
+def _nearest_ramp(start: int, increment: int, samples: int, end: int, unit: int) -> str:
+    """The ramp to `end` nearest to the one asked for whose batches are all multiples of unit, in words."""
+    if end <= unit:
+        return f"batches of {end} leave no room for a ramp"
+    start = min(max(round(start / unit), 1), end // unit - 1) * unit
+    whole = (step for step in range(unit, end - start + 1, unit) if (end - start) % step == 0)
+    return f"the nearest that works is {start},{min(whole, key=lambda step: abs(step - increment))},{samples}"
 
 
 def check_training(cfg: Config) -> None:
@@ -114,7 +184,7 @@ def check_training(cfg: Config) -> None:
         log_interval=cfg.logging.log_interval, peak_tflops=cfg.logging.peak_tflops, adam_eps=o.adam_eps,
         distributed_timeout_minutes=cfg.parallel.distributed_timeout_minutes,
         make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by, vocab_size=cfg.tokenizer.vocab_size,
-        lr_decay_iters=s.lr_decay_iters,
+        lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
     )  # fmt: skip
     for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
@@ -167,11 +237,43 @@ def check_recompute(t: TrainConfig) -> None:
         )
 
 
+def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
+    """Refuse phases of the learning rate that overlap; total_steps is the run's last step."""
+    if s.lr_warmup_init > s.lr:
+        raise ConfigError(f"lr_warmup_init ({s.lr_warmup_init}) must not exceed lr ({s.lr})")
+    decays = s.lr_decay_style not in ("constant", "inverse-square-root")
+    if decays and s.lr_decay_iters is not None and s.lr_decay_iters <= s.lr_warmup_iters:
+        raise ConfigError(f"lr_decay_iters ({s.lr_decay_iters}) must exceed lr_warmup_iters ({s.lr_warmup_iters})")
+    last, stretch = s.lr_decay_iters or total_steps, s.lr_wsd_decay_iters
+    if s.lr_decay_style == "WSD" and stretch and s.lr_warmup_iters < last < s.lr_warmup_iters + stretch:
+        where = "lr_decay_iters" if s.lr_decay_iters else "the run's steps"
+        raise ConfigError(
+            f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "
+            f"at most {last - s.lr_warmup_iters} steps of decay fit"
+        )
+
+
+def check_compile(cfg: Config) -> None:
+    """Refuse torch_compile where a captured block would leave out what an option asks for."""
+    if not cfg.train.torch_compile:
+        return
+    for name, value, lets in (
+        ("recompute_granularity", cfg.train.recompute_granularity, (None, "full")),
+        ("fp8_recipe", cfg.precision.fp8_recipe, (None,)),
+        ("tp_comm_overlap", cfg.parallel.tp_comm_overlap, (False,)),
+        ("context_parallel_size", cfg.parallel.context_parallel_size, (1,)),
+        ("pipeline_schedule", cfg.parallel.pipeline_schedule, (None, "gpipe", "1f1b", "interleaved")),
+    ):
+        if value not in lets:
+            raise ConfigError(f"torch_compile does not go with {name} {value}: leave out one of them")
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
     check_recompute(cfg.train)
+    check_compile(cfg)
     dp = check_layout(cfg, world_size)
     check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
     return dp

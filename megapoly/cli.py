@@ -37,6 +37,14 @@ def _value(leaf: str, text: str) -> Any:
     return parse_yaml(text, f"flag --{leaf.replace('_', '-')}")
 
 
+def _taken(words: list[str], is_list: bool) -> list[str]:
+    """Take a flag's value off the words; a list may stand in several, as Megatron-LM's flags have it."""
+    taken = [words.pop(0)]
+    while is_list and words and not words[0].startswith("--"):
+        taken.append(words.pop(0))
+    return taken
+
+
 def parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Split a command line into configuration flags (leaf name -> plain value) and the remaining words.
 
@@ -63,7 +71,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             elif not words or words[0].startswith("--"):
                 raise ConfigError(f"flag {word} needs a value")
             else:
-                flags[leaf] = _value(leaf, words.pop(0))
+                flags[leaf] = _value(leaf, ",".join(_taken(words, is_list=_is(_hint(leaf), list))))
         elif leaf.startswith("no_") and leaf[3:] in LEAVES and _is(_hint(leaf[3:]), bool):
             flags[leaf[3:]] = False
         else:

@@ -41,7 +41,7 @@ class ModelConfig:
     init_method: str = option("normal", "distribution of initial weights", ("normal", "xavier_normal"))
     init_method_std: float = option(0.02, "standard deviation for init_method normal")
     scaled_output_init: bool = option(True, "divide the std of residual outputs by sqrt(2 x num_layers)")
-    use_mup: bool = option(False, "maximal update parametrization: widths scale init, rates, attention and logits")
+    use_mup: bool = option(False, "maximal update parametrization: the width scales init, rates, attention and logits")
     mup_base_hidden_size: int = option(256, "use_mup: the width at which lr and init_method_std were tuned")
 
     @property
@@ -64,6 +64,16 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Channels of a head that are rotated: int(head_dim x rotary_percent), as GPT-NeoX counts them."""
         return int(self.head_dim * self.rotary_percent) if self.position_embedding_type == "rope" else 0
+
+    @property
+    def width_multiple(self) -> float:
+        """muP's m: the width over that at which the hyperparameters were tuned; 1 without muP."""
+        return self.hidden_size / self.mup_base_hidden_size if self.use_mup else 1.0
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """What multiplies attention's scores in muP; None: head_dim^-1/2, as attention does by itself."""
+        return 1.0 / self.head_dim if self.use_mup else None
 
     @property
     def is_gated(self) -> bool:
@@ -198,7 +208,9 @@ class PrecisionConfig:
         None, "FP8 in the GEMMs of the blocks (Hopper and later); one scale a tensor, taken when it is used",
         ("tensorwise",),
     )  # fmt: skip
-    accumulate_allreduce_grads_in_fp32: bool = option(True, "sum gradients over ranks in fp32, else in bf16")
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        True, "sum gradients over replicas in fp32, else in bf16 (over micro-batches always in fp32)"
+    )
     attention_softmax_in_fp32: bool = option(True, "softmax statistics in fp32 (no kernel knows another way)")
     fp32_residual_connection: bool = option(False, "keep the residual stream in fp32, over pipeline sends too")
     attention_backend: str = option("auto", "attention with rotary", ("auto", "triton", "sdpa", "flash_attn"))
@@ -242,7 +254,7 @@ class ScheduleConfig:
     )
     lr_wsd_decay_iters: int | None = option(None, "WSD: steps of the final decay (default: a tenth of all)")
     lr_wsd_decay_style: str = option(
-        "linear", "WSD: shape of the final decay", ("linear", "cosine", "minus-sqrt", "exponential")
+        "exponential", "WSD: shape of the final decay", ("exponential", "linear", "cosine", "minus_sqrt")
     )
 
 
@@ -253,7 +265,7 @@ class TrainConfig:
     micro_batch_size: int = option(1, "sequences in one forward pass of a data-parallel rank")
     global_batch_size: int = option(8, "sequences in one optimizer step over all ranks")
     rampup_batch_size: list[int] | None = option(
-        None, "start,increment,samples: grow the global batch from start by increment over so many samples"
+        None, "start,increment,samples: grow the global batch from start by increments over so many samples"
     )
     recompute_granularity: str | None = option(
         None, "redo forward passes in backward to save memory: parts of blocks, or whole ones", ("selective", "full")
@@ -263,8 +275,10 @@ class TrainConfig:
     )
     recompute_method: str = option("uniform", "full: all blocks, or the first of each chunk", ("uniform", "block"))
     recompute_num_layers: int = option(1, "full, uniform: blocks redone at once; full, block: blocks that are redone")
-    cpu_offloading: bool = option(False, "full: keep the inputs of redone blocks in host memory")
-    torch_compile: bool = option(False, "compile each block with torch.compile")
+    cpu_offloading: bool = option(False, "full: keep the inputs of redone blocks in host memory (no gain on a CPU)")
+    torch_compile: bool = option(
+        False, "compile each block with torch.compile; gradients of its matrices then come by autograd, not overlapped"
+    )
     seed: int = option(1234, "seed of weights and data order")
     train_iters: int | None = option(None, "stop after so many steps (may only shorten the stages' budgets)")
     train_samples: int | None = option(None, "stop after so many sequences (may only shorten the budgets)")

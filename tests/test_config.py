@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,12 @@ def test_flags_take_megatrons_forms() -> None:
     assert rest == ["word", "--unknown"]
 
 
+def test_a_list_may_stand_in_several_words() -> None:
+    expected = {"rampup_batch_size": [16, 8, 3000], "lr": 1e-3}
+    for words in (["16,8,3000"], ["16", "8", "3000"]):
+        assert parse_flags(["--rampup-batch-size", *words, "--lr", "1e-3"]) == (expected, [])
+
+
 def test_a_misspelt_flag_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"):
         refuse_unknown(["--micro-batch-sise"])
@@ -120,7 +127,13 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
     ("flags", "world", "numbers"),
     [
         ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)")),
-        ({"pipeline_model_parallel_size": 5}, 5, ("(5)", "(4)")),
+        ({"pipeline_model_parallel_size": 7}, 7, ("(7)", "(4)", "pipeline_model_parallel_size 6 would")),
+        ({"pipeline_model_parallel_size": 4, "pipeline_schedule": "interleaved"}, 4, ("(4)", "(2)", "= 8", "_size 3 ")),
+        ({"num_virtual_stages_per_pipeline_rank": 7}, 1, ("(7)", "(4)", "fewer chunks")),
+        ({"num_virtual_stages_per_pipeline_rank": 0}, 1, ("(0)", "must be positive")),
+        ({"num_virtual_stages_per_pipeline_rank": 2, "pipeline_schedule": "1f1b"}, 1, ("(2)", "1 for", "interleaved")),
+        ({"num_virtual_stages_per_pipeline_rank": 3, "pipeline_schedule": "zb-v"}, 1, ("(3)", "2 for pipeline_sch")),
+        ({"num_virtual_stages_per_pipeline_rank": 1, "pipeline_schedule": "zb-v"}, 1, ("(1)", "2 for", "1f1b takes 1")),
         ({"tensor_model_parallel_size": 2}, 3, ("= 2", "(3)")),
         ({"num_attention_heads": 7}, 1, ("(7)", "(256)")),
         ({"num_query_groups": 3}, 1, ("(3)", "(8)")),
@@ -128,7 +141,21 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
         ({"sequence_parallel": True}, 1, ("1",)),
         ({"pipeline_layer_split": [3, 2], "pipeline_model_parallel_size": 2}, 2, ("[3, 2]", "(4)")),
         ({"pipeline_layer_split": [2, 0, 2], "pipeline_model_parallel_size": 3}, 3, ("[2, 0, 2]", "may have none")),
+        (
+            {"pipeline_layer_split": [2, 2], "pipeline_schedule": "zb-v", "pipeline_model_parallel_size": 2},
+            2,
+            ("4 stag",),
+        ),
         ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
+        ({"num_distributed_optimizer_instances": 3}, 4, ("(3)", "4 replicas", "2 does")),
+        (
+            {"num_distributed_optimizer_instances": 4, "tensor_model_parallel_size": 4},
+            8,
+            ("(4)", "2 replicas", "2 does"),
+        ),
+        ({"num_distributed_optimizer_instances": 0}, 4, ("(0)",)),
+        ({"ddp_bucket_size": 0}, 1, ("(0)",)),
+        ({"check_weight_hash_across_dp_replicas_interval": -1}, 1, ("(-1)",)),
         ({"lr": -1.0}, 1, ("-1.0",)),
         ({"rotary_percent": 0.1, "position_embedding_type": "rope"}, 1, ("(0.1)", "(32)")),
     ],
@@ -138,6 +165,20 @@ def test_conflicts_give_both_numbers(flags: dict, world: int, numbers: tuple[str
         check(load_config("tiny", flags), world)
     for number in numbers:
         assert number in str(caught.value)
+
+
+def test_what_schedules_and_chunks_default_to() -> None:
+    def both(**flags: Any) -> tuple[str, int]:
+        cfg = load_config("tiny", flags)
+        check(cfg, 2)
+        return cfg.parallel.schedule, cfg.parallel.chunks
+
+    assert both() == ("1f1b", 1)
+    assert both(num_virtual_stages_per_pipeline_rank=3) == ("interleaved", 3)
+    assert both(pipeline_schedule="interleaved", pipeline_model_parallel_size=2) == ("interleaved", 2)
+    assert both(pipeline_schedule="interleaved", num_virtual_stages_per_pipeline_rank=1) == ("interleaved", 1)
+    assert both(pipeline_schedule="zb-v", pipeline_model_parallel_size=2) == ("zb-v", 2)
+    assert both(pipeline_schedule="zb-h1", pipeline_layer_split=[0, 4], pipeline_model_parallel_size=2) == ("zb-h1", 1)
 
 
 def test_padded_vocabulary() -> None:

@@ -70,7 +70,8 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
     from megapoly.model.loss import masked_losses
     from megapoly.model.transformer import Transformer
     from megapoly.optim.clip import clip_coefficient
-    from megapoly.optim.sharded import ShardedAdamW
+    from megapoly.optim.groups import Rules
+    from megapoly.optim.sharded import ShardedOptimizer
     from megapoly.parallel.gradients import FlatBuffers
     from megapoly.parallel.mesh import single_process_mesh
     from megapoly.parallel.stage import make_stage
@@ -86,12 +87,12 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
     place = Placement(mesh.tp, False, torch.bfloat16, device)
     model = Transformer(cfg, sizes.vocab, make_stage([sizes.layers], mesh.pp), place, chosen)
     with torch.no_grad():
-        for _, parameter, shard in sharded_parameters(model):
+        for _, parameter, (shard,) in sharded_parameters(model):
             parameter.zero_() if shard.init == "zeros" else parameter.normal_(std=cfg.model.init_method_std)
             if shard.init == "ones":
                 parameter.fill_(1.0)
     buffers = FlatBuffers([model], mesh, cfg.model.tied, cfg.parallel)
-    optimizer = ShardedAdamW(buffers, cfg.optimizer, chosen.adamw)
+    optimizer = ShardedOptimizer(buffers, Rules(cfg.optimizer, cfg.model), chosen.adamw)
     mask_BS = torch.ones(sizes.sequences, sizes.length, device=device)
     num_tokens = mask_BS.sum()
 

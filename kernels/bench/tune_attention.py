@@ -44,8 +44,8 @@ class Problem:
     rotary: bool
 
     def launch_options(self) -> tuple[Any, ...]:
-        """What both launchers take last: groups, queries, head_dim, length, window, interleaved."""
-        return self.heads, 1, self.head_dim, self.length, 0, False
+        """What both launchers take last: groups, queries, head_dim, length, window, interleaved, scale."""
+        return self.heads, 1, self.head_dim, self.length, 0, False, self.head_dim**-0.5
 
     def table(self, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The rotary table, if there is one."""

@@ -24,20 +24,21 @@ PART = 1024
 
 
 class Range(NamedTuple):
-    """Entries begin to end of a flat shard, and how strongly they decay."""
+    """Entries begin to end of a flat shard, how strongly they decay, and what multiplies their learning rate."""
 
     begin: int
     end: int
     weight_decay: float = 0.0
+    lr_scale: float = 1.0
 
 
 def merged(ranges: Sequence[Range]) -> list[Range]:
-    """The same entries with neighbours of equal decay joined and empty ranges dropped; `ranges` come in order."""
+    """The same entries with neighbours of one rule joined and empty ranges dropped; `ranges` come in order."""
     result: list[Range] = []
     for r in ranges:
         if r.begin >= r.end:
             continue
-        if result and result[-1].end == r.begin and result[-1].weight_decay == r.weight_decay:
+        if result and result[-1].end == r.begin and result[-1][2:] == r[2:]:
             result[-1] = result[-1]._replace(end=r.end)
         else:
             result.append(r)
@@ -49,7 +50,7 @@ class RangeTable:
     """Ranges of a flat shard, cut into blocks on the device, one entry a block in each tensor.
 
     Block number `block_N` (int32, in units of BLOCK entries of the shard) is taken from its entry low_N to the one
-    before high_N (int32); decay_N is its weight decay, fp32.
+    before high_N (int32); decay_N is its weight decay and rate_N the factor of its learning rate, fp32.
     """
 
     ranges: tuple[Range, ...]
@@ -57,14 +58,15 @@ class RangeTable:
     low_N: Tensor
     high_N: Tensor
     decay_N: Tensor
+    rate_N: Tensor
 
     @classmethod
     def build(cls, ranges: Sequence[Range], device: torch.device) -> Self:
         """Cut ranges, which come in order and do not overlap; empty ones may be among them."""
         ends = [0, *(r.end for r in ranges)]
         assert all(end <= r.begin <= r.end for end, r in zip(ends, ranges, strict=False)), ranges
-        blocks, lows, highs, decays = [], [], [], []
-        for begin, end, weight_decay in ranges:
+        blocks, lows, highs, decays, rates = [], [], [], [], []
+        for begin, end, weight_decay, lr_scale in ranges:
             if begin == end:
                 continue
             block_N = torch.arange(begin // BLOCK, (end - 1) // BLOCK + 1)
@@ -72,12 +74,14 @@ class RangeTable:
             lows.append((begin - block_N * BLOCK).clamp(min=0))
             highs.append((end - block_N * BLOCK).clamp(max=BLOCK))
             decays.append(torch.full(block_N.shape, weight_decay))
+            rates.append(torch.full(block_N.shape, lr_scale))
 
         def together(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
             return torch.cat(parts).to(device, dtype) if parts else torch.empty(0, dtype=dtype, device=device)
 
         block_N, low_N, high_N = (together(parts, torch.int32) for parts in (blocks, lows, highs))
-        return cls(tuple(ranges), block_N, low_N, high_N, together(decays, torch.float32))
+        decay_N, rate_N = (together(parts, torch.float32) for parts in (decays, rates))
+        return cls(tuple(ranges), block_N, low_N, high_N, decay_N, rate_N)
 
     @property
     def end(self) -> int:
@@ -106,13 +110,15 @@ def _update(
 
 @triton.jit
 def _adamw_kernel(
-    master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E, scale_ptr, block_N, low_N, high_N, decay_N,
+    master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E, scale_ptr, block_N, low_N, high_N, decay_N, rate_N,
     lr, lerp1, beta2, lerp2, step_size, root_bias2, eps, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     low = tl.load(low_N + number)
     high = tl.load(high_N + number)
-    keep = 1.0 - lr * tl.load(decay_N + number)
+    rate = tl.load(rate_N + number)
+    keep = 1.0 - lr * rate * tl.load(decay_N + number)
+    step_size *= rate
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
@@ -161,15 +167,15 @@ def _sum_in_double_kernel(partial_P, out_ptr, P, ROWS: tl.constexpr):
 @torch.library.custom_op("megapoly::adamw_", mutates_args=("master_E", "exp_avg_E", "exp_avg_sq_E", "params_E"))
 def _adamw_op(
     master_E: Tensor, grad_E: Tensor, exp_avg_E: Tensor, exp_avg_sq_E: Tensor, params_E: Tensor | None,
-    scale: Tensor | None, block_N: Tensor, low_N: Tensor, high_N: Tensor, decay_N: Tensor, step: int,
-    lr: float, beta1: float, beta2: float, eps: float,
+    scale: Tensor | None, block_N: Tensor, low_N: Tensor, high_N: Tensor, decay_N: Tensor, rate_N: Tensor,
+    step: int, lr: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     if len(block_N) == 0:
         return
     with torch.cuda.device_of(master_E):
         # 1 - beta and the bias corrections are taken in float64: 1 - fp32(0.999) would be off in its fifth digit.
         _adamw_kernel[(len(block_N),)](
-            master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E, scale, block_N, low_N, high_N, decay_N,
+            master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E, scale, block_N, low_N, high_N, decay_N, rate_N,
             lr, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, eps,
             BLOCK=BLOCK, PART=PART, num_warps=8,
         )  # fmt: skip
@@ -178,8 +184,8 @@ def _adamw_op(
 @_adamw_op.register_fake
 def _(
     master_E: Tensor, grad_E: Tensor, exp_avg_E: Tensor, exp_avg_sq_E: Tensor, params_E: Tensor | None,
-    scale: Tensor | None, block_N: Tensor, low_N: Tensor, high_N: Tensor, decay_N: Tensor, step: int,
-    lr: float, beta1: float, beta2: float, eps: float,
+    scale: Tensor | None, block_N: Tensor, low_N: Tensor, high_N: Tensor, decay_N: Tensor, rate_N: Tensor,
+    step: int, lr: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     return None
 
@@ -209,13 +215,13 @@ def adamw_reference_(
     """The operation by torch's own fused AdamW, range by range; the scale is multiplied into `grad`."""
     if scale is not None:
         grad.mul_(scale)
-    for begin, end, weight_decay in ranges.ranges:
+    for begin, end, weight_decay, lr_scale in ranges.ranges:
         if begin == end:
             continue
         adamw(
             [master[begin:end]], [grad[begin:end]], [exp_avg[begin:end]], [exp_avg_sq[begin:end]], [],
             [torch.full((), float(step - 1), device=master.device)], fused=True, amsgrad=False, maximize=False,
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            lr=lr * lr_scale, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
         )  # fmt: skip
         if params is not None:
             params[begin:end].copy_(master[begin:end])
@@ -229,8 +235,9 @@ def adamw_(
     """One AdamW step in place on the entries of the ranges; all others keep their bits.
 
     master, grad and both moments are flat, contiguous, fp32 and of equal length; `step` counts from 1 (bias
-    correction); decay comes from the ranges. `scale`, a scalar on the device, multiplies the gradients first and is
-    never waited for. `params`, of any floating type, receives the updated master weights. `grad` may be left scaled.
+    correction); decay and a factor of lr come from the ranges. `scale`, a scalar on the device, multiplies the
+    gradients first and is never waited for. `params`, of any floating type, receives the updated master weights.
+    `grad` may be left scaled.
     `backend`: triton or torch (default: triton on a GPU, torch on a CPU). Source: arXiv 1711.05101, Algorithm 2.
     """
     flat = [master, grad, exp_avg, exp_avg_sq]
@@ -241,7 +248,8 @@ def adamw_(
     if resolve_backend(backend, master) == "triton":
         _adamw_op(
             master, grad, exp_avg, exp_avg_sq, params, scale,
-            ranges.block_N, ranges.low_N, ranges.high_N, ranges.decay_N, step, lr, beta1, beta2, eps,
+            ranges.block_N, ranges.low_N, ranges.high_N, ranges.decay_N, ranges.rate_N,
+            step, lr, beta1, beta2, eps,
         )  # fmt: skip
     else:
         adamw_reference_(

@@ -23,8 +23,8 @@ from megapoly_kernels.attention_tiles import (
     key_range,
     load_row,
     load_tile,
+    query_range,
     rotate_back,
-    sequence_end,
     sequence_start,
     token_position,
 )
@@ -102,23 +102,9 @@ def attention_backward_keys_kernel(
     k = load_tile(qkv, n, k_column, stride, tokens, BLOCK_N, D, BLOCK_D, True, False)
     v = load_tile(qkv, n, k_column + D, stride, tokens, BLOCK_N, D, BLOCK_D, True, False)
 
-    # The query after the last that sees any key of the tile, and after the last that sees all of them.
-    last_key = tl.minimum(n + BLOCK_N, tokens) - 1
-    highest = sequence_end(end, key, tokens, length, PACKED)
-    high_first = sequence_end(end, n, tokens, length, PACKED)
-    high_last = sequence_end(end, last_key, tokens, length, PACKED)
-    if WINDOWED:
-        highest = tl.minimum(highest, key + window)
-        high_first = tl.minimum(high_first, n + window)
-        high_last = tl.minimum(high_last, last_key + window)
-    lowest, low_first, low_last = key, n, n + BLOCK_N - 1
-    if CONTEXT:
-        lowest = tl.load(start + key, mask=is_key, other=0)
-        low_first, low_last = tl.load(start + n), tl.load(start + last_key)
-    begin = low_first // BLOCK_M * BLOCK_M
-    past_diagonal = tl.minimum(tl.cdiv(low_last, BLOCK_M) * BLOCK_M, high_last)
-    full = tl.maximum(high_first // BLOCK_M * BLOCK_M, past_diagonal) if TAIL else high_last
-
+    lowest, highest, begin, past_diagonal, full, after = query_range(
+        start, end, n, key, tokens, length, window, PACKED, WINDOWED, TAIL, BLOCK_M, BLOCK_N, CONTEXT
+    )
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for query in range(QUERIES):
@@ -136,7 +122,7 @@ def attention_backward_keys_kernel(
         if TAIL:
             d_k, d_v = _visit_queries(
                 d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, q_stride, out_stride,
-                rows, full, high_last, lowest, highest, scale, D, BLOCK_D, BLOCK_M, True, ALIBI, TMA, PRECISION,
+                rows, full, after, lowest, highest, scale, D, BLOCK_D, BLOCK_M, True, ALIBI, TMA, PRECISION,
             )  # fmt: skip
     channel = tl.arange(0, BLOCK_D)
     is_used = is_key[:, None] & (channel < D)[None, :]
@@ -251,7 +237,7 @@ def backward_tiles(arch: int, dtype: torch.dtype, block_d: int) -> tuple[Tiles, 
 def launch_backward(
     d_out_ThK: Tensor, qkv_TF: Tensor, out_ThK: Tensor, lse_hT: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None,
     position_T: Tensor | None, start_T: Tensor | None, end_T: Tensor | None, slopes_h: Tensor | None,
-    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradient of the packed, unrotated QKV buffer; qkv_TF holds rotated queries and keys as the forward left them."""
     tokens, heads = qkv_TF.shape[0], groups * queries
@@ -267,7 +253,7 @@ def launch_backward(
     options |= dict(
         WINDOWED=window > 0, ALIBI=slopes_h is not None, TMA=tma, PRECISION=precision_of(qkv_TF.dtype)
     )  # fmt: skip
-    d_out_TF, scale = d_out_ThK.flatten(1), head_dim**-0.5 * LOG2_E.value
+    d_out_TF, scale = d_out_ThK.flatten(1), scale * LOG2_E.value
 
     def is_ragged(tiles: Tiles) -> bool:
         return start_T is not None or length % tiles.m != 0 or length % tiles.n != 0 or window > 0

@@ -201,6 +201,7 @@ def empty_outputs(qkv_TF: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Te
 def launch_forward(
     qkv_TF: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, position_T: Tensor | None, start_T: Tensor | None,
     slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate queries and keys in qkv_TF (where there is a table) and attend; (out [tokens, heads, head_dim], log2-sum).
 
@@ -224,7 +225,7 @@ def launch_forward(
             )  # fmt: skip
         attention_forward_kernel[(triton.cdiv(tokens, tiles.m), heads)](
             qkv_TF, source_of(qkv_TF, tiles.n, head_dim, tma), out_ThK, lse_hT, cos_SR, sin_SR, position_T, start_T,
-            slopes_h, qkv_TF.stride(0), tokens, length, window, head_dim**-0.5 * LOG2_E.value,
+            slopes_h, qkv_TF.stride(0), tokens, length, window, scale * LOG2_E.value,
             LEAD=not is_aligned or window > 0, WINDOWED=window > 0, ALIBI=slopes_h is not None, TMA=tma,
             PRECISION=precision_of(qkv_TF.dtype), BLOCK_M=tiles.m, BLOCK_N=tiles.n,
             num_warps=tiles.warps, num_stages=tiles.stages, **shared,

@@ -182,3 +182,31 @@ def key_range(
     if LEAD:
         full = tl.minimum(tl.cdiv(low_last, BLOCK_N) * BLOCK_N, diagonal)
     return lowest, last_own, begin, full, diagonal
+
+
+@triton.jit
+def query_range(
+    start, end, n, key, tokens, length, window, PACKED: tl.constexpr, WINDOWED: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONTEXT: tl.constexpr,
+):  # fmt: skip
+    """What sees a tile of keys from n: each key's first query and the one after its last, and borders of three loops.
+
+    Query tiles from begin to past_diagonal need a mask, those up to full need none, those from there to `after` do
+    again (TAIL: some queries see the keys in part). With CONTEXT the first query to see key i is row start[i], else i.
+    """
+    last_key = tl.minimum(n + BLOCK_N, tokens) - 1
+    highest = sequence_end(end, key, tokens, length, PACKED)
+    high_first = sequence_end(end, n, tokens, length, PACKED)
+    high_last = sequence_end(end, last_key, tokens, length, PACKED)
+    if WINDOWED:
+        highest = tl.minimum(highest, key + window)
+        high_first = tl.minimum(high_first, n + window)
+        high_last = tl.minimum(high_last, last_key + window)
+    lowest, low_first, low_last = key, n, n + BLOCK_N - 1
+    if CONTEXT:
+        lowest = tl.load(start + key, mask=key < tokens, other=0)
+        low_first, low_last = tl.load(start + n), tl.load(start + last_key)
+    begin = low_first // BLOCK_M * BLOCK_M
+    past_diagonal = tl.minimum(tl.cdiv(low_last, BLOCK_M) * BLOCK_M, high_last)
+    full = tl.maximum(high_first // BLOCK_M * BLOCK_M, past_diagonal) if TAIL else high_last
+    return lowest, highest, begin, past_diagonal, full, high_last

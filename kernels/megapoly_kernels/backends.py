@@ -1,6 +1,6 @@
 """Which implementation of each operation runs.
 
-One rule: what is named is taken. `auto` is the reference on a CPU, the output layer with its loss in chunks; on a GPU it
+One rule: what is named is taken. `auto` is the reference on a CPU, the head with its loss in chunks; on a GPU it
 is what the recorded measurements of that GPU say (measured.json, written by `make bench-record`), and our kernels where
 it was never measured.
 """

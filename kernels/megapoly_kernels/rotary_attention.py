@@ -86,7 +86,7 @@ def rotated(
 def rotary_attention_reference(
     qkv_TF: Tensor, shape: HeadShape, sequences: Sequences, cos_SR: Tensor | None = None, sin_SR: Tensor | None = None,
     *, position_T: Tensor | None = None, interleaved: bool = False, window: int | None = None,
-    alibi_slopes_h: Tensor | None = None,
+    alibi_slopes_h: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The operation by torch's scaled_dot_product_attention; packed sequences, windows and ALiBi by a dense mask."""
     tokens = qkv_TF.shape[0]
@@ -97,29 +97,29 @@ def rotary_attention_reference(
         added = _scores_added(sequences, tokens, window, alibi_slopes_h, qkv_TF)
     q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in shape.split(qkv_TF))
     out_BhSK = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=added, is_causal=added is None, enable_gqa=shape.queries > 1
+        q, k, v, attn_mask=added, is_causal=added is None, scale=scale, enable_gqa=shape.queries > 1
     )
     return out_BhSK.transpose(1, 2).flatten(0, 1)
 
 
-# groups, queries, head_dim, length of the sequences (0: packed), window (0: none), interleaved
-Options = tuple[int, int, int, int, int, bool]
+# groups, queries, head_dim, length of the sequences (0: packed), window (0: none), interleaved, scale
+Options = tuple[int, int, int, int, int, bool, float]
 
 
 @torch.library.custom_op("megapoly::attention_forward", mutates_args=())
 def _forward(
     qkv_TF: Tensor, slopes_h: Tensor | None, start_T: Tensor | None, groups: int, queries: int, head_dim: int,
-    length: int, window: int,
+    length: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return launch_forward(
-        qkv_TF, None, None, None, start_T, slopes_h, groups, queries, head_dim, length, window, False
+        qkv_TF, None, None, None, start_T, slopes_h, groups, queries, head_dim, length, window, False, scale
     )  # fmt: skip
 
 
 @_forward.register_fake
 def _(
     qkv_TF: Tensor, slopes_h: Tensor | None, start_T: Tensor | None, groups: int, queries: int, head_dim: int,
-    length: int, window: int,
+    length: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_outputs(qkv_TF, groups * queries, head_dim)
 
@@ -128,9 +128,11 @@ def _(
 def _rotary_forward(
     qkv_TF: Tensor, cos_SR: Tensor, sin_SR: Tensor, position_T: Tensor | None, start_T: Tensor | None,
     slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return launch_forward(
-        qkv_TF, cos_SR, sin_SR, position_T, start_T, slopes_h, groups, queries, head_dim, length, window, interleaved
+        qkv_TF, cos_SR, sin_SR, position_T, start_T, slopes_h, groups, queries, head_dim, length, window, interleaved,
+        scale,
     )  # fmt: skip
 
 
@@ -138,6 +140,7 @@ def _rotary_forward(
 def _(
     qkv_TF: Tensor, cos_SR: Tensor, sin_SR: Tensor, position_T: Tensor | None, start_T: Tensor | None,
     slopes_h: Tensor | None, groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_outputs(qkv_TF, groups * queries, head_dim)
 
@@ -146,11 +149,11 @@ def _(
 def _backward(
     d_out_ThK: Tensor, qkv_TF: Tensor, out_ThK: Tensor, lse_hT: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None,
     position_T: Tensor | None, start_T: Tensor | None, end_T: Tensor | None, slopes_h: Tensor | None,
-    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool,
+    groups: int, queries: int, head_dim: int, length: int, window: int, interleaved: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     return launch_backward(
         d_out_ThK, qkv_TF, out_ThK, lse_hT, cos_SR, sin_SR, position_T, start_T, end_T, slopes_h,
-        groups, queries, head_dim, length, window, interleaved,
+        groups, queries, head_dim, length, window, interleaved, scale,
     )  # fmt: skip
 
 
@@ -167,16 +170,16 @@ class _RotaryAttention(torch.autograd.Function):
         ctx: Any, qkv_TF: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, position_T: Tensor | None,
         start_T: Tensor | None, end_T: Tensor | None, slopes_h: Tensor | None, options: Options,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        groups, queries, head_dim, length, window, interleaved = options
+        groups, queries, head_dim, length, window, interleaved, scale = options
         is_rotated = cos_SR is not None and sin_SR is not None
         if is_rotated:
             out_ThK, lse_hT = _rotary_forward(
                 qkv_TF, cos_SR, sin_SR, position_T, start_T, slopes_h,
-                groups, queries, head_dim, length, window, interleaved,
+                groups, queries, head_dim, length, window, interleaved, scale,
             )  # fmt: skip
             ctx.mark_dirty(qkv_TF)
         else:
-            out_ThK, lse_hT = _forward(qkv_TF, slopes_h, start_T, groups, queries, head_dim, length, window)
+            out_ThK, lse_hT = _forward(qkv_TF, slopes_h, start_T, groups, queries, head_dim, length, window, scale)
         ctx.save_for_backward(
             qkv_TF, out_ThK, lse_hT, cos_SR, sin_SR, position_T, start_T, end_T, slopes_h
         )  # fmt: skip
@@ -191,14 +194,17 @@ class _RotaryAttention(torch.autograd.Function):
 
 def _flash_attention(
     qkv_TF: Tensor, shape: HeadShape, sequences: Sequences, cos_SR: Tensor | None, sin_SR: Tensor | None,
-    position_T: Tensor | None, interleaved: bool, window: int | None, slopes_h: Tensor | None,
+    position_T: Tensor | None, interleaved: bool, window: int | None, slopes_h: Tensor | None, scale: float | None,
 ) -> Tensor:  # fmt: skip
     """The operation by the flash-attn package; the rotation is our stand-alone kernel's."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     tokens = qkv_TF.shape[0]
     q, k, v = shape.split(rotated(qkv_TF, shape, sequences, cos_SR, sin_SR, position_T, interleaved))
-    limits = {"causal": True, "window_size": (-1 if window is None else window - 1, 0), "alibi_slopes": slopes_h}
+    limits = {
+        "causal": True, "window_size": (-1 if window is None else window - 1, 0), "alibi_slopes": slopes_h,
+        "softmax_scale": scale,
+    }  # fmt: skip
     if sequences.start_T is None:
         batch = (x.unflatten(0, (-1, sequences.length)) for x in (q, k, v))
         return flash_attn_func(*batch, **limits).flatten(0, 1)
@@ -209,16 +215,18 @@ def _flash_attention(
 def rotary_attention(
     qkv_TF: Tensor, shape: HeadShape, sequences: Sequences, cos_SR: Tensor | None = None, sin_SR: Tensor | None = None,
     *, position_T: Tensor | None = None, interleaved: bool = False, window: int | None = None,
-    alibi_slopes_h: Tensor | None = None, in_place: bool = False, backend: str | None = None,
+    alibi_slopes_h: Tensor | None = None, scale: float | None = None, in_place: bool = False,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Causal softmax attention within each sequence, scaled by head_dim^-1/2, from the packed QKV projection.
+    """Causal softmax attention within each sequence, from the packed QKV projection.
 
     qkv_TF is laid out as `shape` says; query head h belongs to key/value group h // queries (GQA, Ainslie et al. 2023,
     arXiv 2305.13245). With a table (fp32 [positions, rotary_dim / 2] each) queries and keys are rotated by position_T
-    (default: the place in the sequence); half style, or interleaved pairs. `window`: a query sees so many tokens, its
-    own included. `alibi_slopes_h`, fp32 [heads]: slope x distance is subtracted from the scores (Press et al. 2022,
-    arXiv 2108.12409). Softmax in fp32; the backward pass has no atomics and is deterministic. Returns [tokens, heads,
-    head_dim]. Raises ValueError where sequences are longer than the table.
+    (default: the place in the sequence); half style, or interleaved pairs. `scale` multiplies the products of queries
+    and keys (default head_dim^-1/2; muP's is 1/head_dim, Yang et al. 2022, arXiv 2203.03466). `window`: a query sees
+    so many tokens, its own included. `alibi_slopes_h`, fp32 [heads]: slope x distance is subtracted from the scores
+    (Press et al. 2022, arXiv 2108.12409). Softmax in fp32; the backward pass has no atomics and is deterministic.
+    Returns [tokens, heads, head_dim]. Raises ValueError where sequences are longer than the table.
 
     No position may lie beyond the table; of packed sequences that is not looked for, since it would wait for the GPU.
     `in_place` lets the kernel leave the rotated queries and keys in qkv_TF, which must not be needed elsewhere, nor be
@@ -228,7 +236,7 @@ def rotary_attention(
     if resolve_backend(backend, qkv_TF) in ("sdpa", "torch"):
         return rotary_attention_reference(
             qkv_TF, shape, sequences, cos_SR, sin_SR, position_T=position_T, interleaved=interleaved, window=window,
-            alibi_slopes_h=alibi_slopes_h,
+            alibi_slopes_h=alibi_slopes_h, scale=scale,
         )  # fmt: skip
     if cos_SR is not None and position_T is None and sequences.length > cos_SR.shape[0]:
         raise ValueError(
@@ -236,7 +244,7 @@ def rotary_attention(
         )
     if backend == "flash_attn":
         return _flash_attention(
-            qkv_TF, shape, sequences, cos_SR, sin_SR, position_T, interleaved, window, alibi_slopes_h
+            qkv_TF, shape, sequences, cos_SR, sin_SR, position_T, interleaved, window, alibi_slopes_h, scale
         )  # fmt: skip
     is_rotated = cos_SR is not None
     if is_rotated and not (in_place and qkv_TF.is_contiguous()):
@@ -244,6 +252,7 @@ def rotary_attention(
     tables = (cos_SR, sin_SR, position_T, sequences.start_T, sequences.end_T, alibi_slopes_h)
     out_ThK, *_ = _RotaryAttention.apply(
         qkv_TF.contiguous(), *(None if x is None else x.contiguous() for x in tables),
-        (shape.groups, shape.queries, shape.head_dim, sequences.length, window or 0, interleaved),
+        (shape.groups, shape.queries, shape.head_dim, sequences.length, window or 0, interleaved,
+         shape.head_dim**-0.5 if scale is None else scale),
     )  # fmt: skip
     return out_ThK

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
 from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
-from megapoly.checks import check_model
+from megapoly.checks import check_model, check_ramp
 from megapoly.config import SECTIONS, build
 from megapoly.errors import CheckpointError, ConfigError
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.sections import Config, ModelConfig
 
 # What makes a model another one, after defaults are filled in.
 _DECISIVE = (
     "num_layers hidden_size ffn_size num_attention_heads num_kv_heads head_dim position_embedding_type rotary_dim "
-    "normalization norm_epsilon activation add_bias_linear parallel_residual tied"
+    "normalization norm_epsilon activation add_bias_linear parallel_residual tied width_multiple use_mup"
 ).split()
 _STEP = re.compile(r"step_[0-9]{8,}")
 
@@ -92,6 +92,7 @@ class CheckpointReader:
                     raise ConfigError(f"section '{name}' holds no keys")
             config = Config(**{name: build(cls, tree.get(name, {}), name) for name, cls in SECTIONS.items()})
             check_model(config.model)
+            check_ramp(config.train)
         except ConfigError as error:
             raise CheckpointError(f"{self.folder / 'state.json'}: config: {error}") from None
         return config
@@ -165,7 +166,7 @@ def check_same_model(
             raise CheckpointError(f"{reader.folder}: parameter '{name}' is {found}, this run wants {shape}")
 
 
-def load_checkpoint(folder: Path, optimizer: ShardedAdamW, weights_only: bool = False) -> None:
+def load_checkpoint(folder: Path, optimizer: ShardedOptimizer, weights_only: bool = False) -> None:
     """Read the state that this rank holds from a checkpoint of any layout; all ranks call it together.
 
     With weights_only the moments stay as they are (zero). Raises CheckpointError where this rank's part cannot be read.

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from megapoly.checkpoint.state import PieceSavePlanner, pieces, training_state
 from megapoly.checkpoint.storage import Writer, sync_directory, write_text
 from megapoly.errors import CheckpointError
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.tokenizer.load import Tokenizer
 
 
@@ -27,7 +27,7 @@ def _barrier() -> None:
 
 
 def save_checkpoint(
-    root: Path, step: int, optimizer: ShardedAdamW, state: dict[str, Any], tokenizer: Tokenizer | None
+    root: Path, step: int, optimizer: ShardedOptimizer, state: dict[str, Any], tokenizer: Tokenizer | None
 ) -> Path:
     """Write the state of all ranks as root/step_XXXXXXXX and point `latest` at it; all ranks call it together.
 

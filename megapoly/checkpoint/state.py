@@ -4,7 +4,7 @@ A rank owns at most one flat range of each parameter that it holds (ZeRO-1). In 
 handful of rectangles; each becomes a chunk of the checkpoint, so that any other layout can read what it needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megapoly.errors import CheckpointError
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.sharded import ShardedOptimizer
+from megapoly.optim.spans import Portion
 from megapoly.parallel.gradients import FlatBuffers
 
 
@@ -72,7 +73,7 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[t
             yield (last, *offsets), (1, *sizes)
 
 
-def pieces(buffers: FlatBuffers, owned: dict[str, Tensor], for_saving: bool) -> list[Piece]:
+def pieces(buffers: FlatBuffers, owned: Mapping[str, Tensor | Portion], for_saving: bool) -> list[Piece]:
     """This rank's shard of flat quantities (prefix -> tensor) as pieces; padding rows are left out.
 
     For saving, what several ranks hold alike comes from one of them; for loading every rank takes all that it holds.
@@ -81,23 +82,29 @@ def pieces(buffers: FlatBuffers, owned: dict[str, Tensor], for_saving: bool) -> 
     for segment in buffers.segments:
         if for_saving and not segment.is_counted:
             continue
-        shard, local_shape = segment.shard, tuple(segment.parameter.shape)
-        position, last = segment.owned
-        if shard.dim == 0:
-            last = min(last, segment.offset + (shard.end - shard.begin) * torch.Size(local_shape[1:]).numel())
-        for offsets, sizes in rectangles(local_shape, position - segment.offset, last - segment.offset):
+        shard = segment.shard
+        first, last = segment.owned
+        held = {
+            prefix: flat.of(segment) if isinstance(flat, Portion) else flat[first:last]
+            for prefix, flat in owned.items()
+        }
+        position = 0
+        last = min(last, segment.offset + torch.Size(shard.sizes).numel())
+        for offsets, sizes in rectangles(shard.sizes, first - segment.offset, last - segment.offset):
             count = torch.Size(sizes).numel()
             whole = tuple(o + s for o, s in zip(offsets, shard.offsets, strict=True))
-            for prefix, flat in owned.items():
-                memory = flat[position : position + count].view(sizes)
-                result.append(Piece(f"{prefix}.{segment.name}", shard.shape, whole, memory))
+            for prefix, flat in held.items():
+                if len(flat):
+                    memory = flat[position : position + count].view(sizes)
+                    result.append(Piece(f"{prefix}.{segment.name}", shard.shape, whole, memory))
             position += count
     return result
 
 
-def training_state(optimizer: ShardedAdamW) -> dict[str, Tensor]:
-    """The flat quantities that a checkpoint holds: master weights as `model`, and the two moments."""
-    return {"model": optimizer.master, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+def training_state(optimizer: ShardedOptimizer) -> dict[str, Tensor | Portion]:
+    """The flat quantities that a checkpoint holds: master weights as `model`, AdamW's moments, Muon's momentum."""
+    moments = {"exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq, "momentum": optimizer.momentum}
+    return {"model": optimizer.master, **moments}
 
 
 class PieceSavePlanner(SavePlanner):

@@ -4,6 +4,7 @@ The order of samples is the plan's alone; a loader only deals each global batch 
 ranks, so that any number of ranks trains on the same batches.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapoly.data.batch import Batch, batch_of
+from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan
 from megapoly.data.indexed import TokenStream
 from megapoly.data.sampler import permute
@@ -39,10 +41,11 @@ class Deal:
 
 
 class TrainLoader:
-    """Micro-batches of any samples, by random access."""
+    """Micro-batches of any samples, by random access; `sizes` says how large a batch is, where that is not constant."""
 
-    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal) -> None:
+    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None) -> None:
         self.plan, self.streams, self.deal = plan, streams, deal
+        self.sizes = sizes or BatchSizes(deal.global_batch_size, deal.global_batch_size)
         self.sampler = plan.sampler()
         self._window = (0, self.sampler.samples(0, 0))
 
@@ -56,14 +59,15 @@ class TrainLoader:
 
     def batch(self, first: int, end: int) -> list[Batch]:
         """Micro-batches of samples first to end (at most a global batch); places without a sample are masked."""
-        size, length = self.deal.global_batch_size, self.plan.block_length
+        size, length = self.sizes.at(first), self.plan.block_length
         assert 0 < end - first <= size
+        deal = dataclasses.replace(self.deal, global_batch_size=size)
         sources, offsets = self._samples(first, end)
         batches = []
-        for microbatch in range(self.deal.num_microbatches):
+        for microbatch in range(deal.num_microbatches):
             # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took
             # the same places could see one source only.
-            samples = [permute(place, size, first) for place in self.deal.positions(microbatch)]
+            samples = [permute(place, size, first) for place in deal.positions(microbatch)]
             pieces = [
                 self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
                 if i < end - first

@@ -133,7 +133,7 @@ def _converted(reader: Reader, dtype: torch.dtype | None) -> Iterator[tuple[str,
     """The tensors of the export in their final type, checked against the vocabulary and fp16's range."""
 
     def get(name: str) -> Tensor:
-        tensor = reader.get(name).detach().cpu()
+        tensor = without_multipliers(reader.config.model, name, reader.get(name).detach().cpu())
         if name in ("embedding.word.weight", "head.weight") and tensor.shape[0] != reader.vocab_size:
             raise CheckpointError(
                 f"parameter '{name}' has {tensor.shape[0]} rows, the checkpoint's vocabulary {reader.vocab_size}"
@@ -186,6 +186,21 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard
     index = {"metadata": {"total_size": total_bytes, "total_parameters": parameters}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
     return parameters, dtype
+
+
+def without_multipliers(model: ModelConfig, name: str, tensor: Tensor) -> Tensor:
+    """The parameter with muP's multipliers folded in, for a class that has none of them.
+
+    The final norm takes the logits' factor (a tied head could not), queries what makes their classes' head_dim^-1/2
+    a 1/head_dim. Exact where these are powers of two, else rounded in the parameter's type.
+    """
+    if not model.use_mup:
+        return tensor
+    if name.startswith("final_norm."):
+        return tensor / model.width_multiple
+    if ".attention.qkv." in name:  # [groups, queries + key + value, head_dim, ..]
+        return torch.cat([tensor[:, :-2] * model.head_dim**-0.5, tensor[:, -2:]], dim=1)
+    return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- configs

@@ -19,7 +19,8 @@ class Attention(nn.Module):
     """Packed QKV projection, rotary attention, output projection.
 
     The packed matrix is [groups, N + 2, head_dim, hidden]: N query heads, then the key, then the value of each group,
-    so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N.
+    so that a slice by groups is a whole smaller attention. Query head h belongs to group h // N. Where there are more
+    ranks than groups, each holds a part of one group's queries, and a copy of its key and value.
     """
 
     def __init__(
@@ -27,11 +28,11 @@ class Attention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.run_core = remade if "core_attn" in redone else kept
-        self.backend, self.cp = backends.attention, place.cp
+        self.backend, self.scale, self.cp = backends.attention, m.softmax_scale, place.cp
         queries = m.num_attention_heads // m.num_kv_heads
-        self.shape = HeadShape(m.num_kv_heads // place.tp.size, queries, m.head_dim)
+        self.shape = HeadShape(place.kv.size * m.num_kv_heads // place.tp.size, queries // place.kv.size, m.head_dim)
         shape = (m.num_kv_heads, queries + 2, m.head_dim, m.hidden_size)
-        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear)
+        self.qkv = ColumnParallelLinear(shape, 0, place, bias=m.add_bias_linear, copied=2)
         self.output = RowParallelLinear(
             m.num_attention_heads * m.head_dim, m.hidden_size, place, bias=m.add_bias_linear
         )
@@ -53,5 +54,7 @@ class Attention(nn.Module):
         else:
             # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
             is_free = self.run_core is kept
-            out_ThK = rotary_attention(qkv_TF, self.shape, sequences, cos, sin, in_place=is_free, backend=self.backend)
+            out_ThK = rotary_attention(
+                qkv_TF, self.shape, sequences, cos, sin, scale=self.scale, in_place=is_free, backend=self.backend
+            )
         return (out_ThK.flatten(1),)

@@ -63,6 +63,9 @@ class Transformer(nn.Module):
             self.embedding["position"] = PositionEmbedding(m, place)
         modules = redone_modules(cfg.train)
         self.layers = nn.ModuleDict({str(i): Block(m, place, backends, modules) for i in stage.layers})
+        if cfg.train.torch_compile:
+            for block in self.layers.values():  # not the module: its hooks, which wait for parameters, stay outside
+                block.forward = torch.compile(block.forward)
         self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
         self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
@@ -105,7 +108,8 @@ class Transformer(nn.Module):
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH
-            return result
+            # muP's factor of the logits: the head is linear, so that what enters it may carry the factor.
+            return result / self.m.width_multiple if self.m.use_mup else result
         return joined(branch_tH, residual_tH)
 
     def _run(

@@ -1,48 +1,61 @@
-"""AdamW whose state is sharded over data-parallel ranks (ZeRO-1; Rajbhandari et al. 2020, arXiv 1910.02054)."""
+"""The optimizer: state sharded over data-parallel ranks (ZeRO-1; Rajbhandari et al. 2020, arXiv 1910.02054).
+
+AdamW updates everything, or with Muon what is no matrix of a block.
+"""
+
+import itertools
 
 import torch
 from megapoly_kernels import Range, RangeTable, adamw_, merged
 from torch import Tensor
 
 from megapoly.optim.clip import GlobalNorm
-from megapoly.parallel.buckets import Bucket
+from megapoly.optim.groups import Rules
+from megapoly.optim.muon import Muon
+from megapoly.optim.spans import Portion, Span, spans_of
 from megapoly.parallel.gradients import FlatBuffers
-from megapoly.sections import OptimizerConfig
 
 
-def update_ranges(buffers: FlatBuffers, bucket: Bucket, weight_decay: float) -> list[Range]:
-    """What of this rank's part of a bucket is trained, with its decay; frozen parameters are left out.
+def update_ranges(span: Span, rules: Rules) -> list[Range]:
+    """What of a span is trained, from its begin on, with decay and rate; frozen parameters are left out.
 
-    The decayed and the others stay apart where weight_decay is 0 as well: the last bits of torch's AdamW on a CPU
-    depend on where a range ends, and a run should not change with how its ranges merge.
+    Matrices and the others stay apart where neither decays as well: the last bits of torch's AdamW on a CPU depend on
+    where a range ends, and a run should not change with how its ranges merge.
     """
-    trained = [s for s in buffers.segments if s.bucket is bucket and s.parameter.requires_grad]
-    first = bucket.owned.start
+    ranges: list[Range] = []
+    trained = (s for s in span.segments if s.parameter.requires_grad)
+    for _, group in itertools.groupby(trained, lambda s: s.is_decayed):
+        ranges += merged(
+            [
+                Range(
+                    s.owned[0] - span.begin, s.owned[1] - span.begin,
+                    rules.weight_decay(s.name, s.shard.shape), rules.lr_scale(s.name, s.shard.shape),
+                )
+                for s in group
+            ]
+        )  # fmt: skip
+    return ranges
 
-    def ranges(is_decayed: bool, weight_decay: float) -> list[Range]:
-        ends = [s.owned for s in trained if s.is_decayed == is_decayed]
-        return merged([Range(begin - first, end - first, weight_decay) for begin, end in ends])
 
-    return ranges(True, weight_decay) + ranges(False, 0.0)
-
-
-class ShardedAdamW:
-    """fp32 master weights and moments of this rank's shard of the flat buffers.
+class ShardedOptimizer:
+    """fp32 master weights, moments and momentum of this rank's shard of the flat buffers.
 
     Where the shard is the whole buffer, in fp32, the master weights are the parameters themselves. Which parameters are
     frozen is read from requires_grad once, here. `backend`: triton or torch (default: triton on a GPU, torch on a CPU).
     """
 
-    def __init__(self, buffers: FlatBuffers, cfg: OptimizerConfig, backend: str | None = None) -> None:
-        self.buffers, self.cfg, self.backend = buffers, cfg, backend
+    def __init__(self, buffers: FlatBuffers, rules: Rules, backend: str | None = None) -> None:
+        self.buffers, self.rules, self.backend = buffers, rules, backend
         self.has_own_master = buffers.mesh.shards.size > 1 or buffers.params.dtype != torch.float32
         self.master = buffers.params
         if self.has_own_master:
             self.master = torch.cat([buffers.params[bucket.part] for bucket in buffers.buckets]).float()
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
-        ranges = [update_ranges(buffers, bucket, cfg.weight_decay) for bucket in buffers.buckets]
-        self.ranges = [RangeTable.build(of_bucket, self.master.device) for of_bucket in ranges]
+        spans, device = spans_of(buffers, rules), self.master.device
+        self.adamw_spans = [span for span in spans if not span.uses_muon]
+        self.exp_avg, self.exp_avg_sq = (Portion(self.adamw_spans, device) for _ in range(2))
+        self.ranges = [RangeTable.build(update_ranges(span, rules), device) for span in self.adamw_spans]
+        self.momentum = Portion([span for span in spans if span.uses_muon], device)
+        self.muon = Muon(buffers, rules)
         self.global_norm = GlobalNorm(buffers, backend)
         self.num_steps = 0
 
@@ -55,15 +68,23 @@ class ShardedAdamW:
         """
         self.num_steps += 1
         self.buffers.wait_params()
-        c = self.cfg
+        self.muon.directions_(self.momentum, owned_grad, scale)
         for bucket in reversed(self.buffers.buckets):
-            own = bucket.owned
-            adamw_(
-                self.master[own], owned_grad[own], self.exp_avg[own], self.exp_avg_sq[own], self.num_steps,
-                self.ranges[bucket.number], lr=lr, beta1=c.adam_beta1, beta2=c.adam_beta2, eps=c.adam_eps, scale=scale,
-                params=self.buffers.params[bucket.part] if self.has_own_master else None, backend=self.backend,
-            )  # fmt: skip
+            for span, ranges in zip(self.adamw_spans, self.ranges, strict=True):
+                if span.bucket is bucket:
+                    self._adamw(span, ranges, owned_grad, lr, scale)
+            self.muon.update_(bucket, self.master, owned_grad, lr)
+            if self.has_own_master and bucket in self.muon.buckets:
+                self.buffers.params[bucket.part].copy_(self.master[bucket.owned])
             self.buffers.start_gather(bucket)
+
+    def _adamw(self, span: Span, ranges: RangeTable, owned_grad: Tensor, lr: float, scale: Tensor | None) -> None:
+        own, o = slice(span.begin, span.end), self.rules.optimizer
+        adamw_(
+            self.master[own], owned_grad[own], self.exp_avg.of(span), self.exp_avg_sq.of(span), self.num_steps, ranges,
+            lr=lr, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps, scale=scale,
+            params=self.buffers.params[span.params] if self.has_own_master else None, backend=self.backend,
+        )  # fmt: skip
 
     @torch.no_grad()
     def refresh_params(self) -> None:

@@ -150,16 +150,19 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with W split by output features: the output is this rank's features of all tokens.
 
     `shape` is W's whole shape; all its dimensions but the last are output dimensions, and `dim` is the one that is
-    split (its size with padding is `padded`).
+    split (its size with padding is `padded`). `copied` is as in sharded_parameter.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dim: int, place: Placement, *, bias: bool, padded: int | None = None
-    ) -> None:
+        self, shape: tuple[int, ...], dim: int, place: Placement, *, bias: bool, padded: int | None = None,
+        copied: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.place = place
-        self.weight = sharded_parameter(shape, dim, place, "normal", padded=padded)
-        self.bias = sharded_parameter(shape[:-1], dim, place, "zeros", padded=padded) if bias else None
+        self.weight = sharded_parameter(shape, dim, place, "normal", padded=padded, copied=copied)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = sharded_parameter(shape[:-1], dim, place, "zeros", padded=padded, copied=copied)
 
     def forward(self, x_tH: Tensor, skip_bias_add: bool = False, remake: Remake | None = None) -> Tensor:
         """x_tH [tokens of this rank, in] -> [all tokens, *local output dimensions].

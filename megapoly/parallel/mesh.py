@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megapoly.errors import ConfigError
-from megapoly.sections import ParallelConfig
+from megapoly.sections import Config, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,26 @@ class Axis:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; data parallel takes what tp x cp x pp leaves of the world."""
+    """Sizes of the axes; data parallel takes what tp x cp x pp leaves of the world. `kv` lies within tp."""
 
     tp: int = 1
     cp: int = 1
     pp: int = 1
     instances: int = 1
     shares_vocab: bool = False
+    kv: int = 1
 
     @classmethod
-    def of(cls, cfg: ParallelConfig) -> "Layout":
+    def of(cls, cfg: Config) -> "Layout":
         """As the configuration says."""
+        p = cfg.parallel
         return cls(
-            cfg.tensor_model_parallel_size,
-            cfg.context_parallel_size,
-            cfg.pipeline_model_parallel_size,
-            cfg.num_distributed_optimizer_instances,
-            cfg.pipeline_vocab_parallel,
+            p.tensor_model_parallel_size,
+            p.context_parallel_size,
+            p.pipeline_model_parallel_size,
+            p.num_distributed_optimizer_instances,
+            p.pipeline_vocab_parallel,
+            max(p.tensor_model_parallel_size // cfg.model.num_kv_heads, 1),
         )
 
     @property
@@ -69,7 +72,8 @@ class Mesh:
 
     `replicas` is dp x cp: the ranks that hold the same parameters. It is `shards` x `instances`: optimizer state is
     sharded over `shards` and repeated over `instances`. `embedding` joins first and last pipeline rank (tied matrices),
-    `vocab` is pp x tp where the head is shared among pipeline ranks, else tp.
+    `vocab` is pp x tp where the head is shared among pipeline ranks, else tp. `kv` joins the tensor-parallel ranks that
+    hold the same key/value head, where there are more ranks than heads.
     """
 
     device: torch.device
@@ -83,6 +87,7 @@ class Mesh:
     instances: Axis
     embedding: Axis
     vocab: Axis
+    kv: Axis
 
     @property
     def is_main(self) -> bool:
@@ -136,15 +141,15 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def init_mesh(cfg: ParallelConfig) -> Mesh:
+def init_mesh(cfg: Config) -> Mesh:
     """Join the process group, split it into axes, and let each talk once before the first step."""
     device = torch.device("cpu")
-    if torch.cuda.is_available() and cfg.distributed_backend != "gloo":
+    if torch.cuda.is_available() and cfg.parallel.distributed_backend != "gloo":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     if world_size() == 1:
         return single_process_mesh(device)
-    timeout = timedelta(minutes=cfg.distributed_timeout_minutes)
+    timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     mesh = make_mesh(Layout.of(cfg), device, timeout)
     for axis in mesh.axes:
@@ -190,6 +195,7 @@ def make_mesh(layout: Layout, device: torch.device, timeout: timedelta = timedel
         instances=axis("instances", parts_PTIS.transpose(2, 3)),
         embedding=axis("embedding", ends_PDCT.permute(1, 2, 3, 0)),
         vocab=axis("vocab", vocab),
+        kv=axis("kv", ranks_PDCT.unflatten(3, (-1, layout.kv))),
     )
 
 

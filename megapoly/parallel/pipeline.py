@@ -81,9 +81,8 @@ class _Passes:
         if action.kind == "F":
             return self._forward(action, taken)
         if action.kind == "W":
-            with torch.no_grad():  # as in a backward pass
-                for compute in self._weights.pop(key):
-                    compute()
+            for compute in self._weights.pop(key):
+                compute()
             return None
         if action.kind == "B":
             torch.autograd.backward((self._outputs.pop(key),), (taken,))

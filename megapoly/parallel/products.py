@@ -48,17 +48,16 @@ def gathered_product(
 
 def summed_product(a_Tk: Tensor, b_kN: Tensor, place: Placement) -> Pending:
     """a b on its way to being summed over the ranks, under sequence parallel for this rank's tokens."""
-    if not place.sequence_parallel:
-        return start_all_reduce_(torch.mm(a_Tk, b_kN), place.tp)
-    if not place.overlaps_chunks:
-        return start_reduce_scatter(torch.mm(a_Tk, b_kN), place.tp)
+    if not (place.sequence_parallel and place.overlaps_chunks):
+        y_TN = torch.mm(a_Tk, b_kN)
+        return (start_reduce_scatter if place.sequence_parallel else start_all_reduce_)(y_TN, place.tp)
     ranks, tokens = place.tp.size, len(a_Tk) // place.tp.size
     y_tN = a_Tk.new_empty((tokens, b_kN.shape[1]))
     a_Rtk, b_RkN = a_Tk.unflatten(0, (ranks, -1)), b_kN.expand(ranks, -1, -1)
-    parts = [
-        start_reduce_scatter(torch.bmm(a_Rtk[:, span], b_RkN).flatten(0, 1), place.tp, y_tN[span])
-        for span in _spans(tokens)
-    ]
+    parts = []
+    for span in _spans(tokens):
+        y_TN = torch.bmm(a_Rtk[:, span], b_RkN).flatten(0, 1)
+        parts.append(start_reduce_scatter(y_TN, place.tp, y_tN[span]))
     return Pending(y_tN, parts)
 
 

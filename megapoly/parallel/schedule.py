@@ -1,7 +1,8 @@
 """Pipeline schedules as data: each rank's list of actions, a pure function of (rank, stages, chunks, micro-batches).
 
 A rank holds `chunks` parts of the model, so the model has stages x chunks parts in a row, its global stages. Kinds of
-actions: F forward, B the whole backward, or in its place I, the input's gradient, and later W, that of the weights.
+actions: F forward, B the whole backward, or in its place I, the input's gradient, and later W, that of the weights; H
+is a rank's part of the head and its loss, there and back, where all ranks share them and do it together.
 """
 
 from collections import Counter
@@ -10,8 +11,8 @@ from typing import Literal, NamedTuple, cast
 
 from megapoly.errors import ConfigError
 
-Kind = Literal["F", "B", "I", "W"]
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+Kind = Literal["F", "H", "B", "I", "W"]
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "1f1b-vocab")
 
 
 class ScheduleError(ConfigError, ValueError):
@@ -19,7 +20,7 @@ class ScheduleError(ConfigError, ValueError):
 
 
 class Action(NamedTuple):
-    """One pass of a micro-batch through a chunk of a rank: 'F', 'B', or 'I' and 'W' in place of 'B'."""
+    """One pass of a micro-batch through a chunk of a rank: 'F', 'B', or 'I' and 'W' in place of 'B'; or 'H'."""
 
     kind: Kind
     microbatch: int
@@ -103,7 +104,8 @@ def schedule_for(name: str, rank: int, stages: int, chunks: int, microbatches: i
         raise ScheduleError(f"rank ({rank}) must lie in 0 to {stages - 1}, one for each of {stages} stages")
     if name == "interleaved":
         return interleaved(rank, stages, chunks, microbatches)
-    return {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-v": zb_v}[name](rank, stages, microbatches)
+    made_by = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-v": zb_v, "1f1b-vocab": one_f_one_b_vocab}
+    return made_by[name](rank, stages, microbatches)
 
 
 def all_lists(name: str, stages: int, chunks: int, microbatches: int) -> list[list[Action]]:
@@ -113,7 +115,7 @@ def all_lists(name: str, stages: int, chunks: int, microbatches: int) -> list[li
 
 def forwards_of(lists: list[list[Action]]) -> list[list[Action]]:
     """The forwards of every rank in their order, for evaluation: they wait for nothing but forwards."""
-    return [[action for action in actions if action.kind == "F"] for actions in lists]
+    return [[action for action in actions if action.kind in "FH"] for actions in lists]
 
 
 def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> None:
@@ -125,7 +127,7 @@ def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> N
             raise ScheduleError(f"{what} ({number}) must be at least 1")
     if name == "zb-v" and chunks != 2:
         raise ScheduleError(f"chunks ({chunks}) must be 2 for zb-v, which folds the model once")
-    if name in ("gpipe", "1f1b", "zb-h1") and chunks != 1:
+    if name not in ("interleaved", "zb-v") and chunks != 1:
         raise ScheduleError(f"chunks ({chunks}) must be 1 for {name}; interleaved takes {chunks} chunks")
 
 
@@ -145,6 +147,21 @@ def one_f_one_b(rank: int, stages: int, microbatches: int) -> list[Action]:
     for i in range(ahead, microbatches):
         actions += [Action("F", i), Action("B", i - ahead)]
     return actions + [Action("B", i) for i in range(microbatches - ahead, microbatches)]
+
+
+def one_f_one_b_vocab(rank: int, stages: int, microbatches: int) -> list[Action]:
+    """1F1B with a head shared by all ranks (the idea of Yeung et al. 2024, arXiv 2411.05288), which meet in each H.
+
+    Between two H a rank has one forward and one backward to do. Neighbours do them in opposite order, so that a forward
+    gets through two ranks before the next H, and a backward, which takes longer, through one; then nobody waits for
+    another's pass. That takes half as many micro-batches again in flight as 1F1B.
+    """
+    after = stages - 1 - rank
+    actions = []
+    for turn in range(-(after // 2), microbatches + after + 1):
+        passes = [Action("B", turn - 1 - after), Action("F", turn + after // 2)]
+        actions += [Action("H", turn - 1), *(passes[::-1] if after % 2 else passes)]
+    return [action for action in actions if 0 <= action.microbatch < microbatches]
 
 
 def interleaved(rank: int, stages: int, chunks: int, microbatches: int) -> list[Action]:

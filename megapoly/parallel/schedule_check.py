@@ -36,7 +36,7 @@ from megapoly.parallel.timeline import (
 Manner = Literal["executor", "batch", "blocking"]
 MANNERS: tuple[Manner, ...] = ("executor", "batch", "blocking")
 MOST_HELD = 2
-AGAINST = {"F": "F", "B": "BIW", "I": "BI", "W": "BW"}  # what an action must not come after
+AGAINST = {"F": "F", "H": "H", "B": "BIW", "I": "BI", "W": "BW"}  # what an action must not come after
 
 
 class Report(NamedTuple):
@@ -66,8 +66,10 @@ def check_schedule(name: str, stages: int, chunks: int, microbatches: int, costs
 
 def check_lists(lists: Lists, placement: Placement, microbatches: int, costs: Costs | None = None) -> Timeline:
     """Prove any lists: complete, in order, free of deadlock even where all transfers block, few buffers."""
+    last, head = placement.owner(placement.stages * placement.chunks - 1)
     for rank, actions in enumerate(lists):
-        check_complete(actions, rank, placement.chunks, microbatches)
+        has_head = any(action.kind == "H" for action in lists[last]) and rank == last
+        check_complete(actions, rank, placement.chunks, microbatches, head if has_head else None)
     timeline = simulate(lists, placement, costs)
     exchanges = planned(lists, placement)
     for manner in MANNERS:
@@ -79,8 +81,13 @@ def check_lists(lists: Lists, placement: Placement, microbatches: int, costs: Co
     return timeline
 
 
-def check_complete(actions: Sequence[Action], rank: int, chunks: int, microbatches: int) -> None:
-    """Each (chunk, micro-batch) has one forward, then either one B or one I and later one W."""
+def check_complete(
+    actions: Sequence[Action], rank: int, chunks: int, microbatches: int, head: int | None = None
+) -> None:
+    """Each (chunk, micro-batch) has one forward, then either one B or one I and later one W.
+
+    `head`: the chunk whose backward begins with what H has made, on the rank that has it.
+    """
     done: set[tuple[str, int, int]] = set()
 
     def seen(action: Action, kinds: str) -> bool:
@@ -96,6 +103,8 @@ def check_complete(actions: Sequence[Action], rank: int, chunks: int, microbatch
             problem = "comes twice"
         elif action.kind in "BI" and not seen(action, "F"):
             problem = "comes before its forward"
+        elif action.kind in "BI" and action.chunk == head and ("H", action.microbatch, 0) not in done:
+            problem = "comes before its H"
         elif action.kind == "W" and not seen(action, "I"):
             problem = "comes before its input gradient (I)"
         if problem:
@@ -132,7 +141,7 @@ def check_exchanges(exchanges: Exchanges, lists: Lists, placement: Placement, ma
 
 def held(gaps: list[list[Transfer]], actions: Sequence[Action]) -> int:
     """Most messages that a rank has received and not yet used: its buffers."""
-    used = {("F" if kind == "F" else "B", chunk, i): at for at, (kind, i, chunk) in enumerate(actions) if kind != "W"}
+    used = {("F" if kind == "F" else "B", chunk, i): at for at, (kind, i, chunk) in enumerate(actions) if kind in "FBI"}
     change = [0] * (len(gaps) + 1)
     for gap, transfers in enumerate(gaps):
         for sends, message in transfers:
@@ -166,10 +175,16 @@ class _Walk:
                 comes |= {message: len(self.batches) for sends, message in batch if not sends}
                 goes += [len(self.batches) for sends, _ in batch if sends]
             taken = placement.taken(rank, actions[self.gap]) if self.gap < len(actions) else None
+            if self.gap < len(actions) and actions[self.gap].kind == "H":  # every rank meets every other
+                others = [other for other in range(placement.stages) if other != rank]
+                i = actions[self.gap].microbatch
+                goes_and_comes = [(True, Message(rank, other, "H", 0, i)) for other in others]
+                goes_and_comes += [(False, Message(other, rank, "H", 0, i)) for other in others]
+                self.batches.append([Transfer(*way) for way in goes_and_comes])
             if taken is not None and taken.source != rank and taken not in comes:
                 self.fail(f"takes {taken}, which has not been received")
             needed = len(self.batches)
-            if manner == "executor" and self.gap < len(actions):
+            if manner == "executor" and self.gap < len(actions) and actions[self.gap].kind != "H":
                 oldest_sends = goes[-1 - most_open] if len(goes) > most_open else 0
                 needed = max(0 if taken is None else comes.get(taken, 0), oldest_sends)
             self.plan.append((len(self.batches), needed))
@@ -244,6 +259,9 @@ def expected_peak(name: str, rank: int, stages: int, chunks: int, microbatches: 
         return min(microbatches, stages)
     if name == "zb-v":
         return min(2 * microbatches, microbatches + 1 + rank, 2 * stages)
+    if name == "1f1b-vocab":
+        after = stages - 1 - rank
+        return min(microbatches, (3 * after + 2 + after % 2) // 2)
     if name == "1f1b" or chunks == 1:
         return min(microbatches, stages - rank)
     warm_up = 2 * (stages - 1 - rank) + (chunks - 1) * group_sizes(stages, microbatches)[0]
@@ -256,6 +274,8 @@ def expected_bubble(name: str, stages: int, chunks: int, microbatches: int, cost
     GPipe, 1F1B, interleaved: arXiv 2104.04473 section 2.2; ZB-H1, ZB-V: arXiv 2401.10241 table 2 and section 6.
     """
     forward, input_grad, weight_grad = costs[:3]
+    if name == "1f1b-vocab":
+        return "none with a shared head", None
     if stages == 1:
         return "0", 0.0
     if costs.latency or costs.shares:

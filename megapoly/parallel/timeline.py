@@ -8,7 +8,7 @@ from megapoly.parallel.schedule import Action, Message, Placement
 
 Lists = Sequence[Sequence[Action]]  # the actions of each rank
 WIDEST_ROW = 20_000  # characters
-COLOURS = {"F": "#4c78a8", "B": "#f58518", "I": "#54a24b", "W": "#b279a2"}
+COLOURS = {"F": "#4c78a8", "H": "#e45756", "B": "#f58518", "I": "#54a24b", "W": "#b279a2"}
 
 
 class InvalidSchedule(ValueError):
@@ -23,7 +23,8 @@ class Costs(NamedTuple):
     """Time of a rank's forward, input gradient and weight gradient of one micro-batch, all its chunks together.
 
     `shares` are the parts of it that each global stage takes, where they are not even (1 / chunks each).
-    `latency` passes between the end of an action and the arrival of what it made on another rank.
+    `latency` passes between the end of an action and the arrival of what it made on another rank. `head` is the time of
+    a rank's part of a shared head.
     """
 
     forward: float = 1.0
@@ -31,6 +32,7 @@ class Costs(NamedTuple):
     weight_grad: float = 1.0
     latency: float = 0.0
     shares: tuple[float, ...] = ()
+    head: float = 1.0
 
     @property
     def whole(self) -> float:
@@ -39,6 +41,8 @@ class Costs(NamedTuple):
 
     def of(self, action: Action, stage: int, chunks: int) -> float:
         """Time of an action on a global stage."""
+        if action.kind == "H":
+            return self.head
         backward = self.input_grad + self.weight_grad
         cost = {"F": self.forward, "B": backward, "I": self.input_grad, "W": self.weight_grad}[action.kind]
         return cost * self.shares[stage] if self.shares else cost / chunks
@@ -106,6 +110,8 @@ def _simulate(
     lists: Lists, placement: Placement, cost: Callable[[int, Action], float], latency: float = 0.0
 ) -> Timeline:
     made: dict[tuple[int, int, bool, int], float] = {}  # rank, chunk, whether forward, micro-batch -> when
+    last = placement.owner(placement.stages * placement.chunks - 1)
+    met: dict[int, dict[int, float]] = {}  # micro-batch -> since when each rank is ready for its H
     events: list[list[Event]] = [[] for _ in lists]
     clocks = [0.0] * len(lists)
     moved = True
@@ -120,16 +126,22 @@ def _simulate(
                     if at is None:
                         break
                     start = max(start, at + (latency if source[0] != rank else 0.0))
+                if kind == "H":
+                    ready = met.setdefault(microbatch, {})
+                    ready[rank] = start
+                    if len(ready) < len(lists) or (*last, True, microbatch) not in made:
+                        break
+                    start = max(*ready.values(), made[*last, True, microbatch] + (latency if len(lists) > 1 else 0.0))
                 clocks[rank] = start + cost(rank, action)
                 events[rank].append(Event(action, start, clocks[rank]))
-                if kind != "W":
+                if kind in "FBI":
                     made[rank, chunk, kind == "F", microbatch] = clocks[rank]
                 moved = True
     for rank, actions in enumerate(lists):
         if (position := len(events[rank])) < len(actions):
             action = actions[position]
             source = placement.source(rank, action)
-            problem = f"waits for ever for what rank {source and source[0]} makes"
+            problem = f"waits for ever for what {f'rank {source[0]} makes' if source else 'all ranks do together'}"
             raise InvalidSchedule(rank, position, name_of(action), problem)
     return Timeline(events)
 
@@ -207,7 +219,7 @@ def draw_png(timeline: Timeline, title: str, path: str) -> None:
                 )  # fmt: skip
         for action, start, end in events if numbered else ():
             axes.text((start + end) / 2, rank, str(action.microbatch), ha="center", va="center", fontsize=6)
-    for kind in sorted({event.action.kind for events in timeline.ranks for event in events}, key="FBIW".index):
+    for kind in sorted({event.action.kind for events in timeline.ranks for event in events}, key="FHBIW".index):
         axes.broken_barh([], (0, 0), facecolors=COLOURS[kind], label=kind)
     axes.set(xlim=(0, timeline.makespan), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
-from megapoly.checks import check
+from megapoly.checks import check, check_schedule
+from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.errors import CheckpointError, ConfigError
@@ -52,8 +53,12 @@ class Prepared:
     @property
     def num_steps(self) -> int:
         """The run's last step."""
-        left = max(self.num_samples - self.start_sample, 0)
-        return self.start_step + -(-left // self.cfg.train.global_batch_size)
+        return self.start_step + self.batch_sizes.steps_until(self.num_samples, self.start_sample)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences in each step."""
+        return BatchSizes.of(self.cfg.train)
 
     @functools.cached_property
     def data_hashes(self) -> dict[str, str]:
@@ -62,7 +67,7 @@ class Prepared:
 
     def samples_after(self, step: int) -> int:
         """Samples seen after a step that is not before start_step."""
-        return min(self.start_sample + (step - self.start_step) * self.cfg.train.global_batch_size, self.num_samples)
+        return min(self.batch_sizes.samples_after(step - self.start_step, self.start_sample), self.num_samples)
 
 
 def resolve(cfg: Config, has_cuda: bool) -> Config:
@@ -95,14 +100,14 @@ def resolve_vocab_size(cfg: Config) -> tuple[int, Tokenizer]:
 
 def run_length(cfg: Config, plan: Plan) -> int:
     """Samples of the run: the stages' budgets, which train_iters and train_samples may only shorten."""
-    size = cfg.train.global_batch_size
+    sizes = BatchSizes.of(cfg.train)
     samples = plan.num_samples
     for name, value in (
         ("train_samples", cfg.train.train_samples),
-        ("train_iters", cfg.train.train_iters and cfg.train.train_iters * size),
+        ("train_iters", cfg.train.train_iters and sizes.samples_after(cfg.train.train_iters)),
     ):
         if value is not None:
-            if value > -(-plan.num_samples // size) * size:
+            if value > sizes.samples_after(sizes.steps_until(plan.num_samples)):
                 raise ConfigError(
                     f"{name} would need {value} samples, the stages' budgets give {plan.num_samples}; "
                     "raise the budget of a stage instead"
@@ -161,10 +166,11 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                     f"{reader.folder}: {name} is another file now than when this checkpoint was made; "
                     "take another --run-dir, or --load it with --finetune"
                 )
-        if reader.state["global_batch_size"] != cfg.train.global_batch_size:
+        were, are = (BatchSizes.of(t) for t in (reader.config.train, cfg.train))
+        if were.history(reader.samples) != are.history(reader.samples):
             raise CheckpointError(
-                f"{reader.folder}: the run has global_batch_size {reader.state['global_batch_size']}, "
-                f"not {cfg.train.global_batch_size}; a run keeps its batch"
+                f"{reader.folder}: its {reader.samples} samples came in batches of {were} (global_batch_size, "
+                f"rampup_batch_size), not of {are}; a run keeps the batches of its past"
             )
     return reader, is_resume
 
@@ -195,4 +201,6 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     checkpoint, is_resume = _starting_point(cfg, plan, tokenizer)
     if checkpoint is not None:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
-    return Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume)
+    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume)
+    check_schedule(cfg.schedule, prepared.num_steps)
+    return prepared

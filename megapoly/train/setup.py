@@ -19,15 +19,17 @@ from megapoly.model.backends import choose_backends
 from megapoly.model.count import head_flops, layer_flops
 from megapoly.model.init import initialize
 from megapoly.model.transformer import Transformer
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
 from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.rng import key
-from megapoly.parallel.schedule import placement_for
+from megapoly.parallel.schedule import all_lists, placement_for
 from megapoly.parallel.stage import Stage, make_stage, split_layers
 from megapoly.parallel.tensor import Placement
+from megapoly.parallel.timeline import Costs, simulate
 from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
 
@@ -74,11 +76,10 @@ class Run:
     console: Console
     chunks: list[Transformer]
     buffers: FlatBuffers
-    optimizer: ShardedAdamW
+    optimizer: ShardedOptimizer
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
-    layer_split: list[int]
 
     @property
     def cfg(self) -> Config:
@@ -97,7 +98,7 @@ class Run:
             "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "data": self.prepared.data_hashes,
-            "layout": {"tp": self.mesh.tp.size, "pp": self.mesh.pp.size, "dp": self.mesh.dp.size},
+            "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
             "config": self.cfg.to_dict(),
         }
 
@@ -108,6 +109,20 @@ def layer_split(cfg: Config, vocab_size: int) -> list[int]:
         return cfg.parallel.pipeline_layer_split
     costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
     return split_layers(costs, 0.0, float(head_flops(cfg.model, vocab_size)), cfg.parallel.stages)
+
+
+def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
+    """Schedule, layers of each stage, and the share of its time that a rank idles, as simulated from FLOPs."""
+    m, p, split = cfg.model, cfg.parallel, layer_split(cfg, vocab_size)
+    costs = [float(layers * layer_flops(m)) for layers in split]
+    costs[-1] += head_flops(m, vocab_size)
+    shares = tuple(cost * p.pipeline_model_parallel_size / sum(costs) for cost in costs)
+    microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * dp)
+    lists = all_lists(p.schedule, p.pipeline_model_parallel_size, p.chunks, microbatches)
+    placement = placement_for(p.schedule, p.pipeline_model_parallel_size, p.chunks)
+    idle = simulate(lists, placement, Costs(shares=shares)).idle_share
+    chunks = f" of {p.chunks} chunks" if p.chunks > 1 else ""
+    return f"schedule {p.schedule}{chunks}, layers per stage {split}, {idle:.1%} idle (simulated)"
 
 
 def build_chunks(cfg: Config, vocab_size: int, stages: list[Stage], place: Placement) -> list[Transformer]:
@@ -127,7 +142,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp,
+        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, kv=mesh.kv,
         overlaps_chunks=cfg.parallel.tp_comm_overlap,
     )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
@@ -149,11 +164,10 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         console=Console(mesh.is_main),
         chunks=chunks,
         buffers=buffers,
-        optimizer=ShardedAdamW(buffers, cfg.optimizer, chunks[0].backends.adamw),
+        optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         pipeline=pipeline,
-        loader=TrainLoader(prepared.plan, prepared.streams, deal),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
-        layer_split=split,
     )
 
 

@@ -43,11 +43,16 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timeless} for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp", "family", "bf16"), [(2, 2, 2, "gpt2", False), (1, 1, 2, "llama", True)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "family", "bf16", "schedule"),
+    [(2, 2, 2, "gpt2", False, "1f1b"), (1, 1, 2, "llama", True, "1f1b"), (1, 2, 1, "gpt2", True, "zb-v")],
+)
 def test_resume_is_bit_equal(
-    tp: int, pp: int, dp: int, family: str, bf16: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    tp: int, pp: int, dp: int, family: str, bf16: bool, schedule: str, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "bf16": bf16}
+    layout["pipeline_schedule"] = schedule
     straight = tiny_config(tmp_path, family, STEPS, run_dir=str(tmp_path / "straight"), **layout)
     parts = {"run_dir": str(tmp_path / "parts"), **layout}
     expected = run_ranks(run_to_end, straight, tp=tp, pp=pp, dp=dp)[0]
@@ -83,6 +88,24 @@ def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], tmp_pa
     loaded = run_ranks(load_state, other, tp=tp, pp=pp, dp=dp)[0]
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_another_schedule_loads_the_same_bits(family: str, tmp_path: Path) -> None:
+    """Saved from a folded model of two chunks, loaded by rounds, without chunks and by one rank, and back."""
+
+    def cfg(pp: int, schedule: str, chunks: int | None = None) -> Config:
+        return tiny_config(
+            tmp_path, family, 2, pipeline_model_parallel_size=pp, pipeline_schedule=schedule,
+            num_virtual_stages_per_pipeline_rank=chunks,
+        )  # fmt: skip
+
+    expected = run_ranks(run_to_end, cfg(2, "zb-v"), pp=2)[0]
+    for pp, schedule, chunks in ((2, "interleaved", 2), (3, "1f1b", 1), (1, "interleaved", 3), (2, "zb-v", 2)):
+        loaded = run_ranks(load_state, cfg(pp, schedule, chunks), pp=pp)[0]
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), (schedule, name)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 2, "num_query_groups": None, "hidden_size": 512, "rotary_percent": 0.25},
     ),
     "llama": ("llama", {}),
+    "gpt2, muP": (
+        "gpt2",
+        {"num_query_groups": None, "use_mup": True, "mup_base_hidden_size": 50, "init_method_std": 0.1},
+    ),
+    "llama, muP": ("llama", {"use_mup": True, "mup_base_hidden_size": 36, "init_method_std": 0.1}),
 }
 
 

@@ -12,7 +12,8 @@ from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_run
 from torch import Tensor
 
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 
@@ -22,10 +23,10 @@ LENGTH = 4 * BLOCK
 RANGES = [
     Range(0, 1, 0.1),
     Range(1, 5),
-    Range(17, 2048, 0.3),
+    Range(17, 2048, 0.3, 0.25),
     Range(2048, 4095),
     Range(4097, 8191, 0.1),
-    Range(8191, 12295, 0.2),
+    Range(8191, 12295, 0.2, 0.3),
     Range(12300, 12301, 0.1),
     Range(12301, 12301, 0.7),
     Range(13312, 16383, 0.2),
@@ -38,12 +39,13 @@ def state(length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
     return random(length, seed=1), random(length, seed=2), random(length, seed=3).square()
 
 
-def decays(ranges: list[Range], length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """(which entries are in a range, the decay of each), entry by entry."""
-    is_trained, decay = torch.zeros(length, dtype=torch.bool), torch.zeros(length, dtype=torch.float64)
-    for begin, end, weight_decay in ranges:
-        is_trained[begin:end], decay[begin:end] = True, weight_decay
-    return is_trained, decay
+def rules(ranges: list[Range], length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """(which entries are in a range, the decay of each, the factor of its learning rate), entry by entry."""
+    is_trained = torch.zeros(length, dtype=torch.bool)
+    decay, rate = (torch.zeros(length, dtype=torch.float64) for _ in range(2))
+    for begin, end, weight_decay, lr_scale in ranges:
+        is_trained[begin:end], decay[begin:end], rate[begin:end] = True, weight_decay, lr_scale
+    return is_trained, decay, rate
 
 
 @pytest.mark.parametrize("copy", [None, torch.bfloat16, torch.float16, torch.float32])
@@ -54,7 +56,7 @@ def test_three_steps_follow_the_formula_and_leave_the_rest_alone(copy: torch.dty
     before = [x if x is None else x.clone() for x in (master, exp_avg, exp_avg_sq, params)]
     x, m, v = master.double(), exp_avg.double(), exp_avg_sq.double()
     table = RangeTable.build(RANGES, CPU)
-    is_trained, decay = decays(RANGES)
+    is_trained, decay, rate = rules(RANGES)
     for step in (7, 8, 9):
         grad = random(LENGTH, seed=10 + step, scale=3.0)
         g = grad.double() * (scale or 1.0)
@@ -63,7 +65,9 @@ def test_three_steps_follow_the_formula_and_leave_the_rest_alone(copy: torch.dty
             scale=None if scale is None else torch.tensor(scale),
         )  # fmt: skip
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        x = x * (1 - 0.02 * decay) - 0.02 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-3)
+        x = x * (1 - 0.02 * rate * decay) - 0.02 * rate * (m / (1 - 0.9**step)) / (
+            (v / (1 - 0.999**step)).sqrt() + 1e-3
+        )
     for got, expected in ((master, x), (exp_avg, m), (exp_avg_sq, v)):
         close(got[is_trained], expected[is_trained], fp32_roundings=4)
     if params is not None:
@@ -148,7 +152,7 @@ def test_squared_norm_counts_what_is_in_the_ranges_the_same_each_time() -> None:
     table = RangeTable.build(ranges, CPU)
     totals = [squared_norm(x, table, "triton") for _ in range(2)]
     assert torch.equal(*totals)
-    is_counted, _ = decays(ranges, len(x))
+    is_counted, *_ = rules(ranges, len(x))
     assert totals[0].item() == pytest.approx(x[is_counted].double().square().sum().item(), rel=1e-6)
     x[~is_counted] = torch.inf
     assert torch.equal(squared_norm(x, table, "triton"), totals[0])
@@ -160,7 +164,7 @@ def test_operations_are_declared_as_torch_wants() -> None:
     blocks = (table.block_N, table.low_N, table.high_N)
     arguments = (
         master, random(5, seed=1), exp_avg, exp_avg_sq, random(5, seed=2).bfloat16(), torch.tensor(0.5),
-        *blocks, table.decay_N, 1, 0.1, 0.9, 0.95, 1e-8,
+        *blocks, table.decay_N, table.rate_N, 1, 0.1, 0.9, 0.95, 1e-8,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.megapoly.adamw_, arguments)
     torch.library.opcheck(torch.ops.megapoly.squared_norm, (master, *blocks))
@@ -182,14 +186,14 @@ def steps_by_backend(mesh: Mesh, cfg: Config) -> list[list[Tensor]]:
     for backend in ("torch", "triton"):
         run = tiny_run(mesh, cfg)
         run.buffers.segments[1].parameter.requires_grad_(False)
-        optimizer = ShardedAdamW(run.buffers, cfg.optimizer, backend)
+        optimizer = ShardedOptimizer(run.buffers, Rules(cfg.optimizer, cfg.model), backend)
         norm = torch.zeros(())
         for step in (1, 2):
             grad = random(len(optimizer.master), seed=step + 10 * mesh.dp.rank)
             norm = optimizer.global_norm(grad)
             optimizer.step(grad, 0.01, 1 / norm)
         run.buffers.wait_params()
-        results.append([norm, optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, run.buffers.params])
+        results.append([norm, optimizer.master, optimizer.exp_avg.flat, optimizer.exp_avg_sq.flat, run.buffers.params])
     return results
 
 

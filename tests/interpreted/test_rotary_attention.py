@@ -24,6 +24,7 @@ class Case:
     window: int | None = None
     alibi: bool = False
     shifted: bool = False  # positions of their own
+    scale: float | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -49,7 +50,8 @@ class Case:
             qkv_TF, self.shape, sequences,
             None if cos is None else cos.to(wide), None if sin is None else sin.to(wide),
             position_T=sequences.positions(self.tokens, qkv_TF.device) + 7 if self.shifted else None,
-            interleaved=self.interleaved, window=self.window, alibi_slopes_h=slopes, in_place=in_place, backend=backend,
+            interleaved=self.interleaved, window=self.window, alibi_slopes_h=slopes, scale=self.scale,
+            in_place=in_place, backend=backend,
         )  # fmt: skip
 
 
@@ -122,6 +124,14 @@ def test_half_precision_tiles_on_an_a100() -> None:
     check(Case(lengths=(128, 128), head_dim=128, rotary_dim=64, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("rotary_dim", [0, 64])
+def test_a_scale_of_the_scores_in_place_of_the_usual_one(rotary_dim: int) -> None:
+    case = Case(lengths=(50, 50), queries=2, rotary_dim=rotary_dim, alibi=True, scale=1 / 64)
+    check(case)
+    usual = Case(**{**vars(case), "scale": 64**-0.5})
+    assert torch.equal(usual.run(case.qkv(), "triton"), Case(**{**vars(case), "scale": None}).run(case.qkv(), "triton"))
+
+
 def test_the_buffer_is_rotated_in_place_only_if_allowed() -> None:
     case = Case(rotary_dim=64)
     leaf = case.qkv().requires_grad_()
@@ -154,11 +164,11 @@ def test_another_reader_of_a_rotated_buffer_is_refused() -> None:
 def test_large_scores_and_untouched_padding() -> None:
     case = Case(lengths=(70,))
     qkv = case.qkv() * 40
-    out, lse = launch_forward(qkv, None, None, None, None, None, 1, 1, 64, 70, 0, False)
+    out, lse = launch_forward(qkv, None, None, None, None, None, 1, 1, 64, 70, 0, False, 0.125)
     close(out, case.run(qkv.double(), "sdpa"))
     assert torch.isfinite(lse).all()
     d_qkv = launch_backward(
-        torch.ones_like(out), qkv, out, lse, None, None, None, None, None, None, 1, 1, 64, 70, 0, False
+        torch.ones_like(out), qkv, out, lse, None, None, None, None, None, None, 1, 1, 64, 70, 0, False, 0.125
     )  # fmt: skip
     assert torch.isfinite(d_qkv).all()
 

@@ -217,9 +217,9 @@ def test_adamw_follows_the_paper_within_its_ranges() -> None:
     master, exp_avg, exp_avg_sq = random(50), torch.zeros(50), torch.zeros(50)
     params, before = master.bfloat16(), master.clone()
     x, m, v = master.double(), torch.zeros(50).double(), torch.zeros(50).double()
-    ranges = RangeTable.build([Range(0, 20, 0.1), Range(20, 20, 0.5), Range(27, 50)], torch.device("cpu"))
-    decay = torch.zeros(50).double()
-    decay[:20] = 0.1
+    ranges = RangeTable.build([Range(0, 20, 0.1, 0.3), Range(20, 20, 0.5), Range(27, 50)], torch.device("cpu"))
+    decay, rate = torch.zeros(50).double(), torch.ones(50).double()
+    decay[:20], rate[:20] = 0.1, 0.3
     for step in range(1, 6):
         grad = random(50, seed=step)
         g = grad.double() * 0.5
@@ -228,7 +228,8 @@ def test_adamw_follows_the_paper_within_its_ranges() -> None:
             scale=torch.tensor(0.5), params=params,
         )  # fmt: skip
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        x = x * (1 - 0.01 * decay) - 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        x = x * (1 - 0.01 * rate * decay)
+        x -= 0.01 * rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
     for part in (slice(0, 20), slice(27, 50)):
         close(master[part], x[part])
         close(exp_avg[part], m[part])
@@ -249,3 +250,4 @@ def test_squared_norm_of_ranges() -> None:
 def test_ranges_merge_where_they_touch_and_decay_alike() -> None:
     ranges = [Range(0, 2, 0.1), Range(2, 2, 0.3), Range(2, 5, 0.1), Range(5, 6), Range(7, 9), Range(9, 9)]
     assert merged(ranges) == [Range(0, 5, 0.1), Range(5, 6), Range(7, 9)]
+    assert merged([Range(0, 2), Range(2, 4, 0.0, 0.5), Range(4, 5, 0.0, 0.5)]) == [Range(0, 2), Range(2, 5, 0.0, 0.5)]

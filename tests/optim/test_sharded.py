@@ -1,6 +1,7 @@
 """The sharded AdamW and the global norm against torch's own on whole parameters."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from tiny_runs import tiny_config, tiny_run
 
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.optim.clip import clip_coefficient
-from megapoly.optim.sharded import ShardedAdamW, update_ranges
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer, update_ranges
+from megapoly.optim.spans import spans_of
 from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.parallel.rng import normal_shard
-from megapoly.sections import Config
+from megapoly.sections import Config, OptimizerConfig
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
@@ -78,7 +81,7 @@ def test_the_scale_is_that_of_the_gradients(tmp_path: Path) -> None:
     run.optimizer.step(grad.clone(), 0.01, torch.tensor(0.3, dtype=torch.float64))
     other.optimizer.step(grad * 0.3, 0.01)
     assert torch.equal(run.optimizer.master, other.optimizer.master)
-    assert torch.equal(run.optimizer.exp_avg_sq, other.optimizer.exp_avg_sq)
+    assert torch.equal(run.optimizer.exp_avg_sq.flat, other.optimizer.exp_avg_sq.flat)
     assert torch.equal(run.buffers.params, run.optimizer.master.bfloat16())
 
 
@@ -89,7 +92,7 @@ def train_with_frozen(mesh: Mesh, cfg: Config) -> None:
     frozen = [s for s in b.segments if "mlp" in s.name and s.is_decayed][:1] + b.segments[-1:]
     for segment in frozen:
         segment.parameter.requires_grad_(False)
-    optimizer = ShardedAdamW(b, cfg.optimizer)
+    optimizer = ShardedOptimizer(b, Rules(cfg.optimizer, cfg.model))
     is_frozen, is_padding = torch.zeros(b.size, dtype=torch.bool), torch.ones(b.size, dtype=torch.bool)
     for segment in b.segments:
         is_padding[segment.begin : segment.end] = False
@@ -105,7 +108,7 @@ def train_with_frozen(mesh: Mesh, cfg: Config) -> None:
     stays = owned_of(b, is_frozen | is_padding)
     assert torch.equal(optimizer.master[stays], master[stays])
     assert (optimizer.master[~stays] != master[~stays]).all()
-    for moment in (optimizer.exp_avg, optimizer.exp_avg_sq):
+    for moment in (optimizer.exp_avg.flat, optimizer.exp_avg_sq.flat):
         assert not moment[stays].any() and moment[~stays].all()
     assert torch.equal(b.params[is_frozen], before[is_frozen]) and not torch.equal(b.params, before)
 
@@ -122,10 +125,18 @@ def test_frozen_parameters_keep_their_bits_and_do_not_count(bf16: bool, dp: int,
 
 
 def test_update_ranges_are_one_for_matrices_and_one_for_the_rest(tmp_path: Path) -> None:
-    b = tiny_run(single_process_mesh(), tiny_config(tmp_path, "gpt2")).buffers
+    cfg = tiny_config(tmp_path, "gpt2")
+    b = tiny_run(single_process_mesh(), cfg).buffers
+
+    def ranges(**options: Any) -> list[Range]:
+        rules = Rules(OptimizerConfig(**options), cfg.model)
+        (span,) = spans_of(b, rules)
+        return update_ranges(span, rules)
+
     border = max(s.end for s in b.segments if s.is_decayed)
-    assert update_ranges(b, b.buckets[0], 0.5) == [Range(0, border, 0.5), Range(border, b.segments[-1].end)]
-    assert len(update_ranges(b, b.buckets[0], 0.0)) == 2
+    assert ranges(weight_decay=0.5) == [Range(0, border, 0.5), Range(border, b.segments[-1].end)]
+    assert len(ranges(weight_decay=0.0)) == 2
+    assert len(ranges(weight_decay=0.5, no_weight_decay_embeddings=True)) == 3
     for segment in b.segments:
         segment.parameter.requires_grad_(False)
-    assert update_ranges(b, b.buckets[0], 0.5) == []
+    assert ranges(weight_decay=0.5) == []

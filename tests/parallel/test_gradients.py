@@ -18,7 +18,6 @@ from megapoly.parallel.buckets import ALIGNMENT, WORD, Bucket
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
-from megapoly.train.setup import Run
 from megapoly.train.step import evaluate, train_step
 
 STEPS = 3
@@ -94,11 +93,16 @@ def test_the_sum_of_two_replicas_is_the_same_in_any_buckets(family: str, bucket_
     torch.testing.assert_close(torch.tensor(got["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
 
 
-def record_starts(run: Run) -> list[tuple[int, int]]:
-    """(backward passes begun before, bucket) of every reduction from now on."""
+def starts_of_steps(mesh: Mesh, cfg: Config, frozen: str = "none") -> dict[str, Any]:
+    """Two steps: (backward passes begun before, bucket) of each reduction, how many began before the step's end."""
+    run = tiny_run(mesh, cfg)
+    b = run.buffers
+    for segment in b.segments:
+        segment.parameter.requires_grad_(frozen not in segment.name)
     starts: list[tuple[int, int]] = []
-    begun = 0
-    backward, start = torch.autograd.backward, run.buffers._start
+    sent: list[Tensor] = []
+    begun, before_finish = 0, []
+    backward, start, finish = torch.autograd.backward, b._start, b.finish
 
     def counted(*args: Any, **kwargs: Any) -> None:
         nonlocal begun
@@ -107,51 +111,65 @@ def record_starts(run: Run) -> list[tuple[int, int]]:
 
     def recorded(bucket: Bucket) -> None:
         starts.append((begun, bucket.number))
+        sent.append(b.grads[bucket.flat].clone())
         start(bucket)
 
-    torch.autograd.backward = counted
-    run.buffers._start = recorded
-    return starts
-
-
-def starts_of_steps(mesh: Mesh, cfg: Config) -> dict[str, Any]:
-    """Two steps: when each bucket was started and how many were by the end of the last backward pass; their names."""
-    run = tiny_run(mesh, cfg)
-    starts = record_starts(run)
-    finish, before_finish = run.buffers.finish, []
-
-    def counted_finish() -> Tensor:
+    def finished() -> Tensor:
         before_finish.append(len(starts))
+        for bucket, gradients in zip(b.buckets, sent, strict=False):
+            assert torch.equal(b.grads[bucket.flat], gradients), f"bucket {bucket.number} was sent before it was whole"
+        sent.clear()
         return finish()
 
-    run.buffers.finish = counted_finish
+    torch.autograd.backward, b._start, b.finish = counted, recorded, finished
     for step in (1, 2):
         train_step(run, step)
-    names = [[s.name for s in run.buffers.segments if s.bucket is bucket] for bucket in run.buffers.buckets]
+        sent.clear()
+    names = [[s.name for s in b.segments if s.bucket is bucket] for bucket in b.buckets]
     return {"starts": starts, "before_finish": before_finish, "names": names}
 
 
-@pytest.mark.parametrize(
-    ("family", "loss", "pp"),
-    [("gpt2", "torch", 1), ("gpt2", "fused_linear", 1), ("llama", "fused_linear", 1), ("llama", "torch", 2)],
-)
+SCHEDULES = [
+    ("gpt2", "torch", 1, None),
+    ("gpt2", "fused_linear", 1, None),
+    ("llama", "fused_linear", 1, None),
+    ("llama", "torch", 2, None),
+    ("gpt2", "fused_linear", 2, "interleaved"),
+    ("gpt_neox", "torch", 2, "zb-h1"),
+    ("gpt2", "torch", 2, "zb-v"),
+]
+
+
+@pytest.mark.parametrize(("family", "loss", "pp", "schedule"), SCHEDULES)
 def test_each_bucket_is_reduced_once_in_order_and_on_the_last_micro_batch(
-    family: str, loss: str, pp: int, folder: Path
+    family: str, loss: str, pp: int, schedule: str | None, folder: Path
 ) -> None:
-    cfg = tiny_config(folder, family, ddp_bucket_size=SMALL, loss_backend=loss, pipeline_model_parallel_size=pp)
+    cfg = tiny_config(
+        folder, family, ddp_bucket_size=SMALL, loss_backend=loss, pipeline_model_parallel_size=pp,
+        pipeline_schedule=schedule,
+    )  # fmt: skip
     microbatches = 8 // 2
     for of_rank in run_ranks(starts_of_steps, cfg, dp=2, pp=pp):
-        buckets = len(of_rank["names"])
+        names = of_rank["names"]
+        buckets = len(names)
         assert [number for _, number in of_rank["starts"]] == 2 * list(range(buckets))
-        expected = [microbatches] * buckets + [2 * microbatches] * buckets
-        if loss == "fused_linear" and of_rank["names"][0] == ["head.weight"]:
-            expected[0] = microbatches - 1  # made by the last forward pass, before the last backward pass
-            expected[buckets] = 2 * microbatches - 1
-        assert [begun for begun, _ in of_rank["starts"]] == expected
-        has_word = any(WORD in names for names in of_rank["names"])
+        has_word = any(WORD in of_bucket for of_bucket in names)
         early = buckets - has_word
-        assert early > 2 and of_rank["before_finish"] == [early, buckets + early]
-        assert not has_word or of_rank["names"][-1] == [WORD]
+        assert early >= 2 and of_rank["before_finish"] == [early, buckets + early]
+        assert not has_word or names[-1] == [WORD]
+        if schedule is None:  # one chunk, one backward pass a micro-batch
+            expected = [microbatches] * buckets + [2 * microbatches] * buckets
+            if loss == "fused_linear" and names[0] == ["head.weight"]:
+                expected[0] -= 1  # made by the last forward pass, before the last backward pass
+                expected[buckets] -= 1
+            assert [begun for begun, _ in of_rank["starts"]] == expected
+
+
+def test_frozen_parameters_are_not_waited_for(folder: Path) -> None:
+    cfg = tiny_config(folder, "gpt2", ddp_bucket_size=SMALL)
+    for of_rank in run_ranks(starts_of_steps, cfg, "mlp", dp=2):
+        early = len(of_rank["names"]) - 1
+        assert of_rank["before_finish"] == [early, len(of_rank["names"]) + early]
 
 
 def test_without_overlap_everything_waits_for_the_end(folder: Path) -> None:
@@ -187,6 +205,12 @@ def cut(mesh: Mesh, cfg: Config) -> None:
         assert s.parameter.data_ptr() == b.params[s.begin :].data_ptr()
         assert s.parameter.main_grad.data_ptr() == b.grads[s.begin :].data_ptr()
 
+    for bucket in b.buckets:
+        whole = torch.arange(bucket.flat.start, bucket.flat.stop)
+        part = b.own_part(bucket, whole)
+        assert torch.equal(part, torch.arange(bucket.part.start, bucket.part.stop))
+        assert torch.equal(b.gather_flat(bucket, part), whole)
+
 
 @pytest.mark.parametrize(("dp", "instances"), [(3, 1), (4, 2), (2, 2)])
 def test_parts_tile_the_buckets(dp: int, instances: int, folder: Path) -> None:
@@ -194,12 +218,61 @@ def test_parts_tile_the_buckets(dp: int, instances: int, folder: Path) -> None:
     run_ranks(cut, cfg, dp=dp, instances=instances)
 
 
+def modules_wait(mesh: Mesh, cfg: Config) -> None:
+    """Assert that no module runs before its own parameters have come, and that others may still be on their way."""
+    run = tiny_run(mesh, cfg)
+    b = run.buffers
+    number_of = {id(s.parameter): s.bucket.number for s in b.segments}
+    waiting: list[int] = []
+
+    def look(module: torch.nn.Module, *_: Any) -> None:
+        own = {number_of[id(parameter)] for parameter in module.parameters()}
+        assert not own & b._gathers.keys(), f"{type(module).__name__} runs before bucket {own & b._gathers.keys()}"
+        waiting.append(len(b._gathers))
+
+    for chunk in run.chunks:
+        for module in chunk.modules():
+            if any(True for _ in module.parameters()) and module is not chunk:
+                module.register_forward_pre_hook(look)
+        chunk.register_forward_hook(look)
+    for step in (1, 2):
+        waiting.clear()
+        train_step(run, step)
+        assert (max(waiting) > 1) == (step == 2 and cfg.parallel.overlap_param_gather)
+        assert len(b._gathers) == (len(b.buckets) if cfg.parallel.overlap_param_gather else 0)
+    b.wait_params()
+    for bucket in b.buckets:
+        master = b.gather_flat(bucket, run.optimizer.master[bucket.owned])
+        assert torch.equal(b.params[bucket.flat], master.to(b.params.dtype))
+
+
+@pytest.mark.parametrize(
+    ("family", "pp", "schedule", "overlap"),
+    [("gpt_neox", 1, None, True), ("gpt2", 2, None, True), ("gpt2", 2, "zb-v", True), ("llama", 1, None, False)],
+)
+def test_modules_wait_for_their_own_parameters_only(
+    family: str, pp: int, schedule: str | None, overlap: bool, folder: Path
+) -> None:
+    cfg = tiny_config(
+        folder, family, bf16=True, ddp_bucket_size=SMALL, overlap_param_gather=overlap, loss_backend="fused_linear",
+        pipeline_model_parallel_size=pp, pipeline_schedule=schedule,
+    )  # fmt: skip
+    run_ranks(modules_wait, cfg, dp=2, pp=pp)
+
+
 @pytest.mark.parametrize(
     ("family", "layout", "changes"),
     [
-        ("gpt2", {"dp": 4, "instances": 2}, {}),
+        ("gpt2", {"dp": 4, "instances": 2}, {"recompute_granularity": "selective"}),
         ("gpt2", {"dp": 2, "instances": 2, "pp": 2}, {"overlap_grad_reduce": False}),
         ("gpt2", {"dp": 2, "instances": 1, "pp": 2, "tp": 2}, {"sequence_parallel": True}),
+        ("gpt2", {"dp": 2, "instances": 1, "pp": 2}, {"pipeline_schedule": "zb-v", "loss_backend": "fused_linear"}),
+        ("gpt_neox", {"dp": 2, "instances": 2, "pp": 2}, {"pipeline_schedule": "zb-h1"}),
+        (
+            "gpt2",
+            {"dp": 2, "instances": 1, "pp": 2},
+            {"pipeline_schedule": "interleaved", "recompute_granularity": "full"},
+        ),
         ("gpt_neox", {"dp": 4, "instances": 2, "tp": 2}, {"sequence_parallel": True, "overlap_param_gather": False}),
     ],
 )

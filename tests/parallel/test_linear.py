@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megapoly.parallel import linear, products
 from megapoly.parallel.collectives import all_reduce_
 from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megapoly.parallel.mesh import Axis, Mesh, single_process_mesh
+from megapoly.parallel.mesh import Axis, Mesh
 from megapoly.parallel.tensor import Placement, shard_of, sharded_parameters
 
 HIDDEN, FFN, TOKENS, MICROBATCHES = 7, 12, 20, 2  # four ranks get 3 features and 5 tokens each: chunks of 2, 2 and 1
@@ -142,7 +142,7 @@ def check_case(case: Case, tp: Axis) -> None:
             y.backward(dy)
         assert_near(x.grad, dxs[number][mine], case.dtype, (case, "dx"))
     assert mlp.num_remade == (2 * MICROBATCHES if case.is_remade else 0)
-    for name, parameter, shard in sharded_parameters(mlp):
+    for name, parameter, (shard,) in sharded_parameters(mlp):
         if case.has_main_grad:
             assert parameter.grad is None and counts[name] == MICROBATCHES, (case, name)
         got = (parameter.main_grad if case.has_main_grad else parameter.grad).float()
@@ -193,10 +193,13 @@ def check_what_is_kept(mesh: Mesh) -> None:
         mlp = GatedMlp(case, mesh.tp)
         give_main_grads(mlp, {})
         share = mesh.tp.size if case.sequence_parallel else 1
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
-        ):
+        kept: list[tuple[int, ...]] = []
+
+        def keep(t: Tensor, kept: list[tuple[int, ...]] = kept) -> Tensor:
+            kept.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             mlp.up(torch.ones(TOKENS // share, HIDDEN), remake=mlp.remake(torch.ones(1)))
             mlp.down(torch.ones(TOKENS, FFN // mesh.tp.size), remake=mlp.remake(torch.ones(1)))
         assert kept == ([] if remade else [(TOKENS // share, HIDDEN), (TOKENS, FFN // mesh.tp.size)]), case
@@ -214,9 +217,10 @@ class Recorder:
 
     def collective(self, name: str, start: Callable[..., Any]) -> Callable[..., Any]:
         def started(*args: Any) -> Any:
-            work = start(*args)
             self.events.append(name)
-            return mock.Mock(wait=lambda: self.events.append(f"{name} done") or work.wait())
+            pending = start(*args)
+            wait = pending.wait
+            return mock.Mock(wait=lambda: self.events.append(f"{name} done") or wait())
 
         return started
 
@@ -231,11 +235,19 @@ def recorded(mesh: Mesh, layer: str, case: Case) -> tuple[list[str], list[str]]:
     sizes = {"up": (TOKENS // mesh.tp.size if case.sequence_parallel else TOKENS, HIDDEN), "down": (TOKENS, FFN // mesh.tp.size)}  # fmt: skip
     y = getattr(mlp, layer)(torch.ones(sizes[layer], requires_grad=True))
     started = {
-        name: recorder.collective(name.removeprefix("start_").removesuffix("_"), getattr(products, name))
-        for name in ("start_all_reduce_", "start_all_gather", "start_reduce_scatter")
+        start: recorder.collective(name, getattr(products, start))
+        for name, start in (
+            ("all_reduce", "start_all_reduce_"),
+            ("all_gather", "start_all_gather"),
+            ("reduce_scatter", "start_reduce_scatter"),
+        )
     }
-    in_linear = {"start_all_gather": started["start_all_gather"], "accumulate_": recorder.weight}
-    with mock.patch.multiple(products, **started), mock.patch.multiple(linear, **in_linear):
+    gather = {"start_all_gather": started["start_all_gather"]}
+    with (
+        mock.patch.multiple(products, **started),
+        mock.patch.multiple(linear, **gather),
+        mock.patch.object(linear, "accumulate_", recorder.weight),
+    ):
         if case.is_deferred:
             with mlp.up.place.weight_gradients.deferred() as waiting:
                 y.backward(torch.ones_like(y))
@@ -295,7 +307,3 @@ def check_chunks(mesh: Mesh) -> None:
 
 def test_chunks_that_overlap_give_the_products_of_whole_tensors() -> None:
     run_ranks(check_chunks, tp=2)
-
-
-def test_an_odd_vocabulary_is_padded_and_its_padding_stays_zero() -> None:
-    assert single_process_mesh().tp.size == 1
