@@ -8,6 +8,7 @@ parallel (which are no torch operations), and the groups of other ranks (not mad
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,9 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapoly.data.batch import Batch
+from megapoly.model.offload import HostMemory
 from megapoly.parallel.mesh import Layout, Mesh, make_mesh
 from megapoly.plan.communication import Calls
-from megapoly.sections import Config
+from megapoly.sections import Config, PrecisionConfig
 from megapoly.train import setup, step
 from megapoly.train.prepare import Prepared
 from megapoly.train.setup import Run
@@ -54,6 +56,15 @@ class _Plan:
         self.block_length = block_length
 
 
+class _Parked:
+    def __init__(self, x: Tensor) -> None:
+        self.fetch = lambda: torch.empty_like(x)
+
+
+def _loss(precision: PrecisionConfig) -> str:
+    return KERNELS.loss if precision.loss_backend == "auto" else precision.loss_backend
+
+
 def _empty(array: Any, device: torch.device) -> Tensor:
     return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
 
@@ -66,12 +77,14 @@ def _attention_forward(qkv_tF: Tensor, kv_TF: Tensor, shape: Any, local: Any) ->
 def fake_run(cfg: Config, vocab_size: int, world: int, rank: int) -> Iterator[Run]:
     """The run of one rank, ready to step, on a mesh that ends with the context."""
     dist.init_process_group("cpu:fake,meta:fake", rank=rank, world_size=world, store=FakeStore())
-    new_group, dp = dist.new_group, world // Layout.of(cfg.parallel).model
+    new_group, dp = dist.new_group, world // Layout.of(cfg).model
     plan: Any = _Plan(cfg.model.seq_length)
     prepared = Prepared(cfg, None, vocab_size, [None] * len(cfg.data.sources), [None], plan, 2**40)  # type: ignore
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (dist, "new_group", lambda ranks, **options: new_group(ranks, **options) if rank in ranks else None),
-        (setup, "choose_backends", lambda *_: KERNELS),
+        (setup, "choose_backends", lambda precision, _: replace(KERNELS, loss=_loss(precision))),
+        (sys.modules["megapoly_kernels.rotary"], "resolve_backend", lambda backend, _: backend or "triton"),
+        (HostMemory, "park", lambda _, x: _Parked(x)),
         (setup, "initialize", lambda *_: None),
         (setup, "TrainLoader", lambda *_: _Loader(cfg, dp)),
         (setup, "ValidLoader", lambda *_: None),
@@ -85,7 +98,9 @@ def fake_run(cfg: Config, vocab_size: int, world: int, rank: int) -> Iterator[Ru
         with ExitStack() as stack:
             for target, name, value in replaced:
                 stack.enter_context(patch.object(target, name, value))
-            yield setup.build_run(prepared, make_mesh(Layout.of(cfg.parallel), META))
+            run = setup.build_run(prepared, make_mesh(Layout.of(cfg), META))
+            run.optimizer.muon.dtype = torch.bfloat16  # as on a GPU
+            yield run
     finally:
         dist.destroy_process_group()
 
@@ -110,7 +125,9 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
-            group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+            group = next(
+                arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+            )
             key = self.names[dist.ProcessGroup.unbox(group)], KINDS[func._opname]
             count, before = self.traffic.get(key, Calls())
             self.traffic[key] = Calls(count + 1, before + max(x.nbytes for x in tensors))

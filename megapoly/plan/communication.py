@@ -8,16 +8,17 @@ of an entry of the residual stream. An axis of one rank has no collectives.
 tests/plan compares every number with a run of the training step itself on a fake process group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from megapoly.optim.muon import deal, flops
 from megapoly.parallel.schedule import Action
 from megapoly.parallel.stage import Stage
-from megapoly.plan.seat import WORD, Seat
+from megapoly.plan.seat import WORD, Held, Seat
 
 FUSED_LOSS_TOKENS = 2048  # tokens whose logits exist at a time
 OVERLAP_CHUNKS = 4  # parts of a product under tp_comm_overlap
-SCALAR = {"fp32": 4, "fp64": 8}
+BF16, FP32, FP64 = 2, 4, 8  # bytes
 
 
 class Calls(NamedTuple):
@@ -53,7 +54,8 @@ def times(number: int, part: Traffic) -> Traffic:
 def step_traffic(seat: Seat, num_sources: int) -> dict[tuple[str, str], Calls]:
     """Everything that a rank says in one training step, by (axis, kind)."""
     of_chunks = [times(seat.microbatches, chunk_traffic(seat, stage)) for stage in seat.stages]
-    return total(*of_chunks, pipeline_traffic(seat), gradient_traffic(seat), scalar_traffic(seat, num_sources))
+    return total(*of_chunks, pipeline_traffic(seat), gradient_traffic(seat), muon_traffic(seat),
+                 scalar_traffic(seat, num_sources))  # fmt: skip
 
 
 def chunk_traffic(seat: Seat, stage: Stage) -> Traffic:
@@ -116,7 +118,7 @@ def key_gradients(seat: Seat) -> Traffic:
 
 
 def _key_bytes(seat: Seat) -> int:
-    return seat.all_tokens * 2 * seat.model.num_kv_heads // seat.tp * seat.model.head_dim * seat.element
+    return seat.all_tokens * 2 * seat.kv_heads * seat.model.head_dim * seat.element
 
 
 def loss_traffic(seat: Seat) -> Traffic:
@@ -127,12 +129,11 @@ def loss_traffic(seat: Seat) -> Traffic:
     """
     if seat.tp == 1:
         return {}
-    is_fused = seat.cfg.precision.loss_backend in ("auto", "fused_linear")
-    pieces = -(-seat.own_tokens // _chunk_tokens(seat)) if is_fused else 1
-    scalars = {("tp", "all_gather"): Calls(pieces, seat.tp * 3 * seat.tokens * SCALAR["fp32"])}
+    pieces = -(-seat.own_tokens // _chunk_tokens(seat)) if seat.has_fused_loss else 1
+    scalars = {("tp", "all_gather"): Calls(pieces, seat.tp * 3 * seat.tokens * FP32)}
     if not seat.is_sequence_parallel:
         return total(scalars, _leave(seat, pieces))
-    gathers = _gather(seat, pieces) if is_fused else times(2, _gather(seat))
+    gathers = _gather(seat, pieces) if seat.has_fused_loss else times(2, _gather(seat))
     return total(scalars, gathers, _leave(seat, pieces))
 
 
@@ -182,9 +183,9 @@ def gradient_traffic(seat: Seat) -> Traffic:
     """Each bucket's gradients are scattered over the shards, its part summed over the instances, parameters gathered.
 
     What this rank owns of gradients that are partial over tensor-parallel ranks (norms, row biases and positions under
-    sequence parallel) is summed in one all-reduce, and what it owns of a tied matrix with the other end's.
+    sequence parallel) is summed in one all-reduce; so are copied keys and values, and a tied matrix with the other end.
     """
-    wire = 4 if seat.cfg.precision.accumulate_allreduce_grads_in_fp32 else 2
+    wire = FP32 if seat.cfg.precision.accumulate_allreduce_grads_in_fp32 else BF16
     sizes = [bucket.size for bucket in seat.buckets]
     number, entries = len(sizes), sum(sizes)
     found: dict[tuple[str, str], Calls] = {}
@@ -193,23 +194,40 @@ def gradient_traffic(seat: Seat) -> Traffic:
         found["shards", "all_gather"] = Calls(number, entries * seat.element)
     if seat.instances > 1:
         found["instances", "all_reduce"] = Calls(number, entries // seat.shards * wire)
-    partial = sum(bucket.owned(seat.shard, seat.shards, seat.is_partial) for bucket in seat.buckets)
-    if seat.tp > 1 and partial:
-        found["tp", "all_reduce"] = Calls(1, 4 * partial)
-    tied = sum(bucket.owned(seat.shard, seat.shards, lambda held: held.name == WORD) for bucket in seat.buckets)
-    if seat.shares_tied_matrix and tied:
-        found["embedding", "all_reduce"] = Calls(1, 4 * tied)
+    summed: dict[str, Callable[[Held], int]] = {
+        "tp": lambda held: 0 if held.is_split or not seat.is_sequence_parallel else held.size,
+        "kv": lambda held: held.copied,
+        "embedding": lambda held: held.size if held.name == WORD and seat.shares_tied_matrix else 0,
+    }
+    for axis, entries_of in summed.items():
+        if owned := seat.owned(entries_of):
+            found[axis, "all_reduce"] = Calls(1, FP32 * owned)
     return found
+
+
+def muon_traffic(seat: Seat) -> Traffic:
+    """Muon: momenta of the buckets that have matrices of blocks are gathered, in bf16, and their directions scattered.
+
+    Each shard orthogonalises the matrices that it is dealt, after gathering them over the tensor-parallel ranks.
+    """
+    buckets = [bucket for bucket in seat.buckets if any(map(seat.uses_muon, bucket.held))]
+    moved = Calls(len(buckets), BF16 * sum(bucket.size for bucket in buckets))
+    found = {("shards", kind): moved for kind in ("all_gather", "reduce_scatter") if seat.shards > 1}
+    matrices = [held for bucket in buckets for held in bucket.held if seat.uses_muon(held)]
+    hands = deal([flops(held.shape) for held in matrices], seat.shards)
+    mine = [held.size for held, hand in zip(matrices, hands, strict=True) if hand == seat.shard]
+    gathered = {("tp", "all_gather"): Calls(len(mine), seat.tp * BF16 * sum(mine))} if seat.tp > 1 else {}
+    return total(found, gathered)
 
 
 def scalar_traffic(seat: Seat, num_sources: int) -> Traffic:
     """The number of tokens (fp32), two global norms (fp64), and losses and tokens of each source (fp64)."""
-    of_sources = 2 * num_sources * SCALAR["fp64"]
+    of_sources = 2 * num_sources * FP64
     found: dict[tuple[str, str], Calls] = {}
     if seat.dp * seat.cp > 1:
-        found["replicas", "all_reduce"] = Calls(2, SCALAR["fp32"] + of_sources)
+        found["replicas", "all_reduce"] = Calls(2, FP32 + of_sources)
     if seat.pp > 1:
         found["pp", "all_reduce"] = Calls(1, of_sources)
     if seat.world > 1:
-        found["world", "all_reduce"] = Calls(2, 2 * SCALAR["fp64"])
+        found["world", "all_reduce"] = Calls(2, 2 * FP64)
     return found

@@ -40,18 +40,23 @@ def num_parameters(seat: Seat) -> int:
 
 
 def state_bytes(seat: Seat) -> State:
-    """Flat buffers with their padding; AdamW's master weights and two moments are divided over the shards.
+    """Flat buffers with padding; master weights and AdamW's two moments or Muon's one are divided over the shards.
 
-    Where the shard is the whole buffer its gradients lie there, and in fp32 the parameters are the master weights.
+    Where the shard is the whole buffer its gradients lie there, and in fp32 the parameters are the master weights. A
+    bucket's padding goes with its last parameter.
     """
     entries = sum(bucket.size for bucket in seat.buckets)
     shard = entries // seat.shards
     has_master = seat.shards > 1 or seat.element != FP32
+    of_muon = seat.owned(lambda held: held.size if seat.uses_muon(held) else 0)
+    for bucket in seat.buckets:
+        if seat.uses_muon(bucket.held[-1]):
+            of_muon += bucket.size // seat.shards - bucket.owned(seat.shard, seat.shards, lambda held: held.size)
     return State(
         parameters=entries * seat.element,
         gradients=entries * FP32,
         shard_gradients=shard * FP32 if seat.shards > 1 else 0,
-        optimizer=shard * FP32 * (3 if has_master else 2),
+        optimizer=FP32 * (shard * (3 if has_master else 2) - of_muon),
     )
 
 
@@ -114,8 +119,8 @@ def block_activations(seat: Seat) -> int:
     if "layernorm" not in redone:
         statistics = 1 if m.normalization == "RMSNorm" else 2
         norms += 2 * seat.own_tokens * (m.hidden_size * seat.element + statistics * FP32)
-    heads, groups = m.num_attention_heads // seat.tp, m.num_kv_heads // seat.tp
-    attention = seat.tokens * (heads + 2 * groups) * m.head_dim * seat.element
+    heads = m.num_attention_heads // seat.tp
+    attention = seat.tokens * (heads + 2 * seat.kv_heads) * m.head_dim * seat.element
     if "core_attn" not in redone:
         attention += seat.tokens * heads * (m.head_dim * seat.element + FP32)
     wide = m.ffn_size // seat.tp
@@ -134,10 +139,16 @@ def embedding_activations(seat: Seat) -> int:
 
 
 def head_activations(seat: Seat) -> int:
-    """The final norm's sum and statistics, and the gradient of its output, which the fused loss makes going forward."""
+    """The final norm's sum and statistics, and of its output the gradient, which the fused loss makes going forward.
+
+    Not fused, the loss keeps the output itself, all logits, and a label, a mask and a log-sum-exp of each token.
+    """
     m = seat.model
     statistics = 1 if m.normalization == "RMSNorm" else 2
-    return _stream(seat) + seat.own_tokens * (m.hidden_size * seat.element + statistics * FP32)
+    kept = _stream(seat) + seat.own_tokens * (m.hidden_size * seat.element + statistics * FP32)
+    if not seat.has_fused_loss:
+        kept += seat.tokens * (seat.padded_vocab_size // seat.tp * seat.element + INT64 + 2 * FP32)
+    return kept
 
 
 def _stream(seat: Seat) -> int:

@@ -20,34 +20,46 @@ SPLIT = ("embedding.word.", "head.", "attention.qkv.", "attention.output.weight"
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter as a rank holds it: its local entries, and whether tensor-parallel ranks hold different ones."""
+    """A parameter of the whole `shape` as a rank holds it: `size` local entries.
+
+    `is_split`: tensor-parallel ranks hold different entries, but for the last `copied` (keys and values where there are
+    more ranks than key/value heads).
+    """
 
     name: str
+    shape: tuple[int, ...]
     size: int
-    is_matrix: bool
     is_split: bool
+    copied: int = 0
 
     @property
-    def is_decayed(self) -> bool:
-        """Whether weight decay applies: to matrices."""
-        return self.is_matrix and not self.name.endswith("bias")
+    def is_matrix(self) -> bool:
+        """Whether it is stored with the matrices, before biases and norms."""
+        return len(self.shape) > 1 and not self.name.endswith("bias")
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a matrix of a block."""
+        return self.is_matrix and self.name.startswith("layers.")
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A part of the flat buffers: `size` entries with padding, cut into equal parts over the shards."""
+    """A part of the flat buffers: `size` entries with padding, cut into equal parts over the shards.
+
+    `held` are its parameters in the order of their entries: matrices first.
+    """
 
     held: tuple[Held, ...]
     size: int
 
-    def owned(self, shard: int, shards: int, wanted: Callable[[Held], bool]) -> int:
-        """How many entries of the wanted parameters lie in a shard's part; what decays lies first."""
+    def owned(self, shard: int, shards: int, last: Callable[[Held], int]) -> int:
+        """How many entries of a shard's part are among the last so many of each parameter."""
         begin, end = self.size // shards * shard, self.size // shards * (shard + 1)
         position = entries = 0
-        for held in sorted(self.held, key=lambda held: not held.is_decayed):
-            if wanted(held):
-                entries += max(min(end, position + held.size) - max(begin, position), 0)
+        for held in self.held:
             position += held.size
+            entries += max(min(end, position) - max(begin, position - last(held)), 0)
         return entries
 
 
@@ -70,6 +82,16 @@ class Seat:
     @property
     def tp(self) -> int:
         return self.cfg.parallel.tensor_model_parallel_size
+
+    @property
+    def kv(self) -> int:
+        """Tensor-parallel ranks that hold the same key/value head."""
+        return max(self.tp // self.model.num_kv_heads, 1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of this rank."""
+        return max(self.model.num_kv_heads // self.tp, 1)
 
     @property
     def cp(self) -> int:
@@ -117,6 +139,11 @@ class Seat:
     def residual(self) -> int:
         """Bytes of an entry of the residual stream."""
         return 4 if self.cfg.precision.fp32_residual_connection else self.element
+
+    @property
+    def has_fused_loss(self) -> bool:
+        """Whether logits exist for a chunk of tokens at a time only."""
+        return self.cfg.precision.loss_backend in ("auto", "fused_linear")
 
     @property
     def microbatches(self) -> int:
@@ -176,13 +203,19 @@ class Seat:
 
     def _held(self, name: str, shape: tuple[int, ...]) -> Held:
         is_split = any(part in name for part in SPLIT)
-        if name in (WORD, "head.weight"):
-            shape = (self.padded_vocab_size, *shape[1:])
-        return Held(name, math.prod(shape) // (self.tp if is_split else 1), len(shape) > 1, is_split)
+        if self.kv > 1 and "attention.qkv." in name:  # a part of one group's queries, and its key and value
+            head = math.prod(shape[2:])
+            return Held(name, shape, ((shape[1] - 2) // self.kv + 2) * head, is_split, 2 * head)
+        whole = (self.padded_vocab_size, *shape[1:]) if name in (WORD, "head.weight") else shape
+        return Held(name, shape, math.prod(whole) // (self.tp if is_split else 1), is_split)
 
-    def is_partial(self, held: Held) -> bool:
-        """Whether each tensor-parallel rank has only its tokens' part of a parameter's gradient."""
-        return self.is_sequence_parallel and not held.is_split
+    def uses_muon(self, held: Held) -> bool:
+        """Whether Muon updates a parameter; AdamW does else."""
+        return self.cfg.optimizer.optimizer == "muon" and held.is_hidden_matrix
+
+    def owned(self, last: Callable[[Held], int]) -> int:
+        """How many entries of this rank's shard are among the last so many of each parameter."""
+        return sum(bucket.owned(self.shard, self.shards, last) for bucket in self.buckets)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -207,7 +240,7 @@ class Seat:
 
     def _bucket(self, held: Sequence[Held]) -> Bucket:
         unit = self.shards * ALIGNMENT
-        return Bucket(tuple(held), -(-sum(h.size for h in held) // unit) * unit)
+        return Bucket(tuple(sorted(held, key=lambda h: not h.is_matrix)), -(-sum(h.size for h in held) // unit) * unit)
 
 
 def _is_in(stage: Stage, name: str, tied: bool) -> bool:

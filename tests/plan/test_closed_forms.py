@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from fake_run import Collectives, Kept, fake_run, name_groups
-from tiny_runs import FAMILIES
+from tiny_runs import FAMILIES, VOCAB
 
 from megapoly.checks import check
 from megapoly.config import load_config
@@ -14,7 +14,7 @@ from megapoly.plan.memory import activation_bytes, num_parameters, state_bytes
 from megapoly.plan.seat import Seat
 from megapoly.sections import Config
 from megapoly.train.prepare import resolve
-from megapoly.train.setup import Run
+from megapoly.train.setup import Run, layer_split
 from megapoly.train.step import train_step
 
 POLYLM = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "micro_batch_size": 1}
@@ -65,6 +65,12 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "first block redone": (2, {"recompute_granularity": "full", "recompute_method": "block"}),
     "redone from host memory": (2, {"recompute_granularity": "full", "cpu_offloading": True}),
+    "Muon": (8, {"optimizer": "muon", "tensor_model_parallel_size": 2, "ddp_bucket_size": 200_000}),
+    "Muon, PP 2": (2, {"optimizer": "muon", "pipeline_model_parallel_size": 2}),
+    "more ranks than key/value heads": (
+        12, {"tensor_model_parallel_size": 6, "sequence_parallel": True, "num_attention_heads": 12,
+             "num_query_groups": 3, "seq_length": 24, "ffn_hidden_size": 204, "global_batch_size": 12},
+    ),
     "norms redone": (2, {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}),
 }  # fmt: skip
 
@@ -85,7 +91,8 @@ def assert_as_planned(run: Run, seat: Seat) -> None:
     assert state.parameters == buffers.params.nbytes
     assert state.gradients == buffers.grads.nbytes
     assert state.shard_gradients == (0 if buffers.owned_grads is buffers.grads else buffers.owned_grads.nbytes)
-    kept = [adam.exp_avg, adam.exp_avg_sq, *([adam.master] if adam.master is not buffers.params else [])]
+    kept = [adam.exp_avg.flat, adam.exp_avg_sq.flat, adam.momentum.flat]
+    kept += [adam.master] if adam.master is not buffers.params else []
     assert state.optimizer == sum(x.nbytes for x in kept)
 
     static = [buffers.params, *(x for chunk in run.chunks for x in chunk.table or ())]
@@ -109,7 +116,7 @@ def test_a_rank_of_a_large_world_does_what_the_closed_forms_say(case: str, place
     cfg = configured("polylm-13b", world, flags)
     rank = {"first": 0, "middle": world // 2 + 13, "last": world - 1}[place]
     with fake_run(cfg, 256_000, world, rank) as run:
-        assert_as_planned(run, Seat(cfg, 256_000, tuple(run.layer_split), world, rank))
+        assert_as_planned(run, Seat(cfg, 256_000, tuple(layer_split(cfg, 256_000)), world, rank))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,5 +125,5 @@ def test_every_option_is_in_the_closed_forms(case: str, family: str) -> None:
     world, flags = SMALL[case]
     cfg = configured("tiny", world, FAMILIES[family] | {"global_batch_size": 16} | flags)
     for rank in (0, world - 1):
-        with fake_run(cfg, 1003, world, rank) as run:
-            assert_as_planned(run, Seat(cfg, 1003, tuple(run.layer_split), world, rank))
+        with fake_run(cfg, VOCAB, world, rank) as run:
+            assert_as_planned(run, Seat(cfg, VOCAB, tuple(layer_split(cfg, VOCAB)), world, rank))
