@@ -52,6 +52,13 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     """Refuse a schedule for another number of chunks, and stages that no layer is left for."""
     pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
+    if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
+        asked = f"pipeline_schedule {p.pipeline_schedule or 'interleaved'} with {p.chunks} chunks"
+        raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
+    if p.pipeline_vocab_parallel and m.tied:
+        raise ConfigError(
+            "pipeline_vocab_parallel needs untie_embeddings_and_output_weights: a tied matrix is the first stage's"
+        )
     wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
     if p.chunks != wanted:
         raise ConfigError(
@@ -105,12 +112,37 @@ def check_tensor_parallel(m: ModelConfig, tp: int) -> None:
         raise ConfigError(f"tensor_model_parallel_size ({tp}) {found}; nearest that works: {nearest}")
 
 
+def check_fp8(cfg: Config) -> None:
+    """Refuse sizes that FP8 products cannot have: what a rank multiplies comes in multiples of 16."""
+    m, tp = cfg.model, cfg.parallel.tensor_model_parallel_size
+    if cfg.precision.fp8_recipe is None:
+        return
+    if cfg.parallel.tp_comm_overlap:
+        raise ConfigError(
+            f"fp8_recipe {cfg.precision.fp8_recipe} does not go with tp_comm_overlap: leave out one of them"
+        )
+    query = m.num_attention_heads // tp * m.head_dim
+    packed = query + 2 * max(m.num_kv_heads // tp, 1) * m.head_dim
+    for name, value, share, ranks in (("hidden_size", m.hidden_size, m.hidden_size, 1),
+                                      ("ffn_hidden_size", m.ffn_size, m.ffn_size // tp, tp),
+                                      ("kv_channels", m.head_dim, query, 1),
+                                      ("kv_channels", m.head_dim, packed, 1)):  # fmt: skip
+        if share % 16:
+            unit = 16 * ranks
+            nearest = " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)
+            raise ConfigError(
+                f"fp8_recipe ({cfg.precision.fp8_recipe}) multiplies matrices of multiples of 16: {name} ({value}) "
+                f"gives {share} on each of {tp} tensor-parallel ranks; use {name} {nearest}"
+            )
+
+
 def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
     tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
     _positive(tensor_model_parallel_size=tp)
     check_tensor_parallel(m, tp)
+    check_fp8(cfg)
     check_pipeline(m, p)
     check_context(cfg)
     if world_size % (tp * cp * pp):

@@ -185,6 +185,8 @@ class ParallelConfig:
     @property
     def schedule(self) -> str:
         """The order of passes."""
+        if self.pipeline_vocab_parallel:
+            return "1f1b-vocab"
         return self.pipeline_schedule or ("interleaved" if self.chunks > 1 else "1f1b")
 
     @property

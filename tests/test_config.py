@@ -126,7 +126,29 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "world", "numbers"),
     [
-        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)")),
+        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)", "nearest that works: 2")),
+        (
+            {"tensor_model_parallel_size": 6, "num_attention_heads": 12, "kv_channels": 16, "num_query_groups": 4},
+            6,
+            ("(6)", "num_query_groups (4)", "nearest that works: 4"),
+        ),
+        ({"tensor_model_parallel_size": 2, "tp_comm_overlap": True}, 2, ("sequence_parallel",)),
+        (
+            {"fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2, "ffn_hidden_size": 400},
+            2,
+            ("ffn_hidden_size (400)", "200 on each of 2", "384 or 416"),
+        ),
+        ({"fp8_recipe": "tensorwise", "kv_channels": 9}, 1, ("kv_channels (9)", "72 on each of 1", "kv_channels 16")),
+        (
+            {
+                "fp8_recipe": "tensorwise",
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "tp_comm_overlap": True,
+            },
+            2,
+            ("fp8_recipe", "tp_comm_overlap"),
+        ),
         ({"pipeline_model_parallel_size": 7}, 7, ("(7)", "(4)", "pipeline_model_parallel_size 6 would")),
         ({"pipeline_model_parallel_size": 4, "pipeline_schedule": "interleaved"}, 4, ("(4)", "(2)", "= 8", "_size 3 ")),
         ({"num_virtual_stages_per_pipeline_rank": 7}, 1, ("(7)", "(4)", "fewer chunks")),
@@ -145,6 +167,13 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
             {"pipeline_layer_split": [2, 2], "pipeline_schedule": "zb-v", "pipeline_model_parallel_size": 2},
             2,
             ("4 stag",),
+        ),
+        ({"pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": False}, 1, ("untie_embeddings",)),
+        ({"pipeline_vocab_parallel": True, "pipeline_schedule": "zb-v"}, 1, ("leave out", "zb-v with 2 chunks")),
+        (
+            {"pipeline_vocab_parallel": True, "num_virtual_stages_per_pipeline_rank": 2},
+            1,
+            ("out", "interleaved with 2"),
         ),
         ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
         ({"num_distributed_optimizer_instances": 3}, 4, ("(3)", "4 replicas", "2 does")),

@@ -50,7 +50,9 @@ class Attention(nn.Module):
         cos, sin = table if table is not None else (None, None)
         if isinstance(sequences, LocalChunks):
             exchange = KeyExchange(self.cp, sequences.batch)
-            out_ThK = context_attention(qkv_TF, self.shape, sequences, exchange, cos, sin, backend=self.backend)
+            out_ThK = context_attention(
+                qkv_TF, self.shape, sequences, exchange, cos, sin, scale=self.scale, backend=self.backend
+            )
         else:
             # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
             is_free = self.run_core is kept

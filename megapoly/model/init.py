@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from megapoly.model.head import SharedHead
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.rng import normal_shard
 from megapoly.parallel.tensor import Shard, sharded_parameters
@@ -20,7 +21,7 @@ def _std(m: ModelConfig, name: str, shard: Shard) -> float:
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int) -> None:
+def initialize(model: Transformer | SharedHead, seed: int) -> None:
     """Fill every parameter: matrices N(0, std), norms 1, biases 0, padding rows 0."""
     for name, parameter, shards in sharded_parameters(model):
         parameter.fill_(1.0 if shards[0].init == "ones" else 0.0)

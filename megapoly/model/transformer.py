@@ -1,5 +1,6 @@
 """The decoder-only transformer, or the part of it that one pipeline stage holds."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,9 +19,7 @@ from megapoly.parallel.linear import ColumnParallelLinear, column_parallel_linea
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
     Placement,
-    Shard,
     VocabParallelEmbedding,
-    shard_of,
     sharded_parameter,
 )
 from megapoly.sections import Config, ModelConfig
@@ -52,8 +51,8 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
-        self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
-        self.backends = backends
+        self.m, self.stage, self.vocab_size, self.backends = m, stage, vocab_size, backends
+        self.place = dataclasses.replace(place, fp8=False)  # FP8 is for the blocks: logits keep their precision
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
@@ -70,7 +69,7 @@ class Transformer(nn.Module):
         self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
             self.final_norm = Norm(m, place, backends)
-            if not m.tied:
+            if not m.tied and not stage.shares_head:
                 self.head = ColumnParallelLinear((vocab_size, m.hidden_size), 0, place, bias=False, padded=padded)
         self.table: tuple[Tensor, Tensor] | None = None
         if m.rotary_dim:
@@ -82,11 +81,6 @@ class Transformer(nn.Module):
         weight = self.embedding["word"].weight if self.m.tied else self.head.weight
         assert isinstance(weight, nn.Parameter)
         return weight
-
-    @property
-    def head_shard(self) -> Shard:
-        """Which rows of the vocabulary head_weight holds."""
-        return shard_of(self.head_weight)
 
     def forward(self, tokens_BS: Tensor, hidden_tH: Tensor | None = None) -> Tensor:
         """Run this stage: token ids [batch, sequence], on later stages also the residual stream received.

@@ -60,7 +60,8 @@ class Shard:
 class Placement:
     """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go.
 
-    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives.
+    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives. `fp8`:
+    the products of linear layers are in FP8, those that give weight gradients apart.
     """
 
     tp: Axis
@@ -70,6 +71,7 @@ class Placement:
     cp: Axis = Axis("cp")
     kv: Axis = Axis("kv")
     overlaps_chunks: bool = False
+    fp8: bool = False
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
 

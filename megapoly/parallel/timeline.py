@@ -1,5 +1,6 @@
 """When the actions of a schedule happen: simulation, the exchanges between actions, and a drawing as text or PNG."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -109,9 +110,8 @@ def simulate(lists: Lists, placement: Placement, costs: Costs | None = None) -> 
 def _simulate(
     lists: Lists, placement: Placement, cost: Callable[[int, Action], float], latency: float = 0.0
 ) -> Timeline:
-    made: dict[tuple[int, int, bool, int], float] = {}  # rank, chunk, whether forward, micro-batch -> when
-    last = placement.owner(placement.stages * placement.chunks - 1)
-    met: dict[int, dict[int, float]] = {}  # micro-batch -> since when each rank is ready for its H
+    made: dict[Message, float] = {}
+    met: dict[int, dict[int, float]] = defaultdict(dict)  # micro-batch -> since when each rank has been ready for its H
     events: list[list[Event]] = [[] for _ in lists]
     clocks = [0.0] * len(lists)
     moved = True
@@ -119,30 +119,27 @@ def _simulate(
         moved = False
         for rank, actions in enumerate(lists):
             while len(events[rank]) < len(actions):
-                kind, microbatch, chunk = action = actions[len(events[rank])]
-                start = clocks[rank]
-                if (source := placement.source(rank, action)) is not None:
-                    at = made.get((*source, kind == "F", microbatch))
-                    if at is None:
+                action, start = actions[len(events[rank])], clocks[rank]
+                if (taken := placement.taken(rank, action)) is not None:
+                    if taken not in made:
                         break
-                    start = max(start, at + (latency if source[0] != rank else 0.0))
-                if kind == "H":
-                    ready = met.setdefault(microbatch, {})
+                    start = max(start, made[taken] + (latency if taken.source != rank else 0.0))
+                if action.kind == "H":
+                    ready = met[action.microbatch]
                     ready[rank] = start
-                    if len(ready) < len(lists) or (*last, True, microbatch) not in made:
+                    if len(ready) < len(lists):
                         break
-                    start = max(*ready.values(), made[*last, True, microbatch] + (latency if len(lists) > 1 else 0.0))
+                    start = max(ready.values()) + (latency if len(lists) > 1 else 0.0)
                 clocks[rank] = start + cost(rank, action)
                 events[rank].append(Event(action, start, clocks[rank]))
-                if kind in "FBI":
-                    made[rank, chunk, kind == "F", microbatch] = clocks[rank]
+                if (sent := placement.sent(rank, action)) is not None:
+                    made[sent] = clocks[rank]
                 moved = True
     for rank, actions in enumerate(lists):
         if (position := len(events[rank])) < len(actions):
-            action = actions[position]
-            source = placement.source(rank, action)
-            problem = f"waits for ever for what {f'rank {source[0]} makes' if source else 'all ranks do together'}"
-            raise InvalidSchedule(rank, position, name_of(action), problem)
+            taken = placement.taken(rank, actions[position])
+            problem = f"waits for ever for {taken or 'what all ranks do together'}"
+            raise InvalidSchedule(rank, position, name_of(actions[position]), problem)
     return Timeline(events)
 
 

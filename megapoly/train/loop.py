@@ -8,6 +8,7 @@ from megapoly.checkpoint.save import save_checkpoint
 from megapoly.data.curriculum import describe, summary
 from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
+from megapoly.parallel.mesh import describe_host
 from megapoly.parallel.replicas import check_replicas
 from megapoly.train.metrics import Metrics, progress_line, say_validation
 from megapoly.train.setup import Run, describe_pipeline
@@ -98,6 +99,7 @@ def introduce(run: Run) -> None:
         f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
+    console.say(describe_host(mesh.device))
     console.say(describe(p.plan))
     if p.start_step:
         assert p.checkpoint is not None

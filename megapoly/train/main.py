@@ -17,7 +17,17 @@ from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
-from megapoly.parallel.mesh import Layout, check_devices, die_with_launcher, init_mesh, leave, local_rank, world_size
+from megapoly.parallel.failure import ending_together
+from megapoly.parallel.mesh import (
+    Layout,
+    check_devices,
+    die_with_launcher,
+    init_mesh,
+    leave,
+    local_rank,
+    prepare_host,
+    world_size,
+)
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
@@ -105,6 +115,7 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         if asked.is_dry_run and world == 1:  # without a launcher: the smallest world that the layout fits
             world = Layout.of(cfg).model
         else:
+            prepare_host(parallel)
             check_devices(parallel)
             is_on_gpu = torch.cuda.is_available() and parallel.distributed_backend != "gloo"
             choose_backends(cfg.precision, torch.device("cuda" if is_on_gpu else "cpu"))
@@ -126,9 +137,10 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         die_with_launcher()
         mesh = init_mesh(cfg)
         is_joined = True  # from here on a rank may meet what the others do not
-        check_agreement(prepared, mesh)
-        with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
-            train(build_run(prepared, mesh))
+        with ending_together(mesh, parallel.distributed_timeout_minutes):
+            check_agreement(prepared, mesh)
+            with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
+                train(build_run(prepared, mesh))
         leave(mesh)
 
     exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()

@@ -154,6 +154,12 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
     if is_resume or not cfg.checkpoint.finetune:
         if "exp_avg.final_norm.weight" not in reader.records:
             raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
+        was, now = reader.config.optimizer.optimizer, cfg.optimizer.optimizer
+        if was != now:
+            raise CheckpointError(
+                f"{reader.folder}: holds the state of optimizer {was}, not of {now}; "
+                f"go on with --optimizer {was}, or --load it with --finetune in another --run-dir"
+            )
         if reader.state["plan_fingerprint"] != plan.fingerprint(int(reader.state["samples"])):
             raise CheckpointError(
                 f"{reader.folder}: its {reader.state['samples']} samples came from another data plan (sources, tokens, "

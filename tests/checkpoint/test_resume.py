@@ -13,6 +13,7 @@ from tiny_runs import tiny_config, tiny_prepared
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.generate.sample import load_model
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
@@ -44,15 +45,19 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "dp", "family", "bf16", "schedule"),
-    [(2, 2, 2, "gpt2", False, "1f1b"), (1, 1, 2, "llama", True, "1f1b"), (1, 2, 1, "gpt2", True, "zb-v")],
+    ("tp", "pp", "dp", "family", "options"),
+    [
+        (2, 2, 2, "gpt2", {}),
+        (1, 1, 2, "llama", {"bf16": True}),
+        (1, 2, 1, "gpt2", {"bf16": True, "pipeline_schedule": "zb-v"}),
+        (2, 1, 2, "llama", {"bf16": True, "optimizer": "muon"}),
+    ],
 )
 def test_resume_is_bit_equal(
-    tp: int, pp: int, dp: int, family: str, bf16: bool, schedule: str, tmp_path: Path,
+    tp: int, pp: int, dp: int, family: str, options: dict[str, Any], tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "bf16": bf16}
-    layout["pipeline_schedule"] = schedule
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **options}
     straight = tiny_config(tmp_path, family, STEPS, run_dir=str(tmp_path / "straight"), **layout)
     parts = {"run_dir": str(tmp_path / "parts"), **layout}
     expected = run_ranks(run_to_end, straight, tp=tp, pp=pp, dp=dp)[0]
@@ -67,8 +72,10 @@ def test_resume_is_bit_equal(
     assert "resuming" in capfd.readouterr().out
 
 
-def saved(tmp_path: Path, family: str = "gpt2", tp: int = 2, pp: int = 2, dp: int = 2) -> tuple[Config, Any]:
-    cfg = tiny_config(tmp_path, family, 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def saved(
+    tmp_path: Path, family: str = "gpt2", tp: int = 2, pp: int = 2, dp: int = 2, **options: Any
+) -> tuple[Config, Any]:
+    cfg = tiny_config(tmp_path, family, 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **options)
     return cfg, run_ranks(run_to_end, cfg, tp=tp, pp=pp, dp=dp)[0]
 
 
@@ -78,10 +85,14 @@ def load_state(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     return whole_state(run)
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 1, 2)])
-def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [((1, 1, 1), "adam"), ((2, 1, 1), "adam"), ((1, 3, 1), "adam"), ((1, 1, 3), "adam"), ((2, 1, 2), "adam"),
+     ((1, 3, 1), "muon"), ((1, 1, 3), "muon")],
+)  # fmt: skip
+def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], optimizer: str, tmp_path: Path) -> None:
     tp, pp, dp = layout
-    cfg, expected = saved(tmp_path)
+    cfg, expected = saved(tmp_path, optimizer=optimizer)
     parallel = dataclasses.replace(cfg.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     batch = dataclasses.replace(cfg.train, global_batch_size=6)
     other = dataclasses.replace(cfg, parallel=parallel, train=batch)
@@ -138,6 +149,27 @@ def test_neither_shards_nor_instances_nor_buckets_are_in_a_checkpoint(
         assert loaded.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("saves_shared", [True, False])
+def test_a_head_shared_by_pipeline_ranks_is_in_no_checkpoint(saves_shared: bool, tmp_path: Path) -> None:
+    def on(tp: int, pp: int, shares: bool) -> tuple[Config, dict[str, Any]]:
+        cfg = tiny_config(
+            tmp_path, "llama", 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            pipeline_vocab_parallel=shares,
+        )  # fmt: skip
+        return cfg, {"tp": tp, "pp": pp, "shares_vocab": shares}
+
+    cfg, ranks = on(2, 2, saves_shared)
+    expected = run_ranks(run_to_end, cfg, **ranks)[0]
+    assert expected["model.head.weight"].shape == (1003, 144)
+    for layout in ((1, 3, not saves_shared), (1, 1, False), (1, 2, True)):
+        cfg, ranks = on(*layout)
+        loaded = run_ranks(load_state, cfg, **ranks)[0]
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), name
+    assert load_model(CheckpointReader.open(tmp_path / "run")).head_weight.shape[0] >= 1003
 
 
 def test_padding_is_never_on_disk(tmp_path: Path) -> None:

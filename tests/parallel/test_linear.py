@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megapoly.parallel import linear, products
 from megapoly.parallel.collectives import all_reduce_
 from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megapoly.parallel.mesh import Axis, Mesh
+from megapoly.parallel.mesh import Axis, Mesh, single_process_mesh
 from megapoly.parallel.tensor import Placement, shard_of, sharded_parameters
 
 HIDDEN, FFN, TOKENS, MICROBATCHES = 7, 12, 20, 2  # four ranks get 3 features and 5 tokens each: chunks of 2, 2 and 1
@@ -193,13 +193,10 @@ def check_what_is_kept(mesh: Mesh) -> None:
         mlp = GatedMlp(case, mesh.tp)
         give_main_grads(mlp, {})
         share = mesh.tp.size if case.sequence_parallel else 1
-        kept: list[tuple[int, ...]] = []
-
-        def keep(t: Tensor, kept: list[tuple[int, ...]] = kept) -> Tensor:
-            kept.append(tuple(t.shape))
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
+        ):
             mlp.up(torch.ones(TOKENS // share, HIDDEN), remake=mlp.remake(torch.ones(1)))
             mlp.down(torch.ones(TOKENS, FFN // mesh.tp.size), remake=mlp.remake(torch.ones(1)))
         assert kept == ([] if remade else [(TOKENS // share, HIDDEN), (TOKENS, FFN // mesh.tp.size)]), case
@@ -217,10 +214,9 @@ class Recorder:
 
     def collective(self, name: str, start: Callable[..., Any]) -> Callable[..., Any]:
         def started(*args: Any) -> Any:
+            work = start(*args)
             self.events.append(name)
-            pending = start(*args)
-            wait = pending.wait
-            return mock.Mock(wait=lambda: self.events.append(f"{name} done") or wait())
+            return mock.Mock(wait=lambda: self.events.append(f"{name} done") or work.wait())
 
         return started
 
@@ -235,19 +231,11 @@ def recorded(mesh: Mesh, layer: str, case: Case) -> tuple[list[str], list[str]]:
     sizes = {"up": (TOKENS // mesh.tp.size if case.sequence_parallel else TOKENS, HIDDEN), "down": (TOKENS, FFN // mesh.tp.size)}  # fmt: skip
     y = getattr(mlp, layer)(torch.ones(sizes[layer], requires_grad=True))
     started = {
-        start: recorder.collective(name, getattr(products, start))
-        for name, start in (
-            ("all_reduce", "start_all_reduce_"),
-            ("all_gather", "start_all_gather"),
-            ("reduce_scatter", "start_reduce_scatter"),
-        )
+        name: recorder.collective(name.removeprefix("start_").removesuffix("_"), getattr(products, name))
+        for name in ("start_all_reduce_", "start_all_gather", "start_reduce_scatter")
     }
-    gather = {"start_all_gather": started["start_all_gather"]}
-    with (
-        mock.patch.multiple(products, **started),
-        mock.patch.multiple(linear, **gather),
-        mock.patch.object(linear, "accumulate_", recorder.weight),
-    ):
+    in_linear = {"start_all_gather": started["start_all_gather"], "accumulate_": recorder.weight}
+    with mock.patch.multiple(products, **started), mock.patch.multiple(linear, **in_linear):
         if case.is_deferred:
             with mlp.up.place.weight_gradients.deferred() as waiting:
                 y.backward(torch.ones_like(y))
@@ -307,3 +295,7 @@ def check_chunks(mesh: Mesh) -> None:
 
 def test_chunks_that_overlap_give_the_products_of_whole_tensors() -> None:
     run_ranks(check_chunks, tp=2)
+
+
+def test_an_odd_vocabulary_is_padded_and_its_padding_stays_zero() -> None:
+    assert single_process_mesh().tp.size == 1

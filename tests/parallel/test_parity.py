@@ -121,6 +121,22 @@ def test_every_schedule_trains_like_one_process(
         assert_same_training(of_rank, reference(family, folder))
 
 
+@pytest.mark.parametrize(
+    ("family", "tp", "pp", "dp", "loss_backend"),
+    [("llama", 1, 2, 1, "torch"), ("gpt_neox", 2, 2, 1, "torch"), ("llama", 1, 4, 1, "fused_linear"),
+     ("gpt_neox", 2, 2, 2, "fused_linear"), ("llama", 2, 4, 1, "fused_linear"), ("llama", 1, 1, 2, "fused_linear")],
+)  # fmt: skip
+def test_a_head_shared_by_all_pipeline_ranks_trains_like_one_process(
+    family: str, tp: int, pp: int, dp: int, loss_backend: str, folder: Path
+) -> None:
+    cfg = tiny_config(
+        folder, family, STEPS, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1, pipeline_vocab_parallel=True, loss_backend=loss_backend,
+    )  # fmt: skip
+    for of_rank in run_ranks(steps_of, cfg, tp=tp, pp=pp, dp=dp, shares_vocab=True):
+        assert_same_training(of_rank, reference(family, folder))
+
+
 def tied_matrix(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     """The first gradient of a tied matrix, and this rank's copy of it after two steps."""
     run = tiny_run(mesh, cfg)

@@ -52,6 +52,7 @@ def test_torchrun_starts_the_script_and_a_second_start_knows_that_it_is_finished
     assert first.returncode == 0, first.stderr
     assert "no --config given: " in first.stdout and "tiny" in first.stdout
     assert first.stdout.count("kernels: attention sdpa, norm torch") == 1
+    assert first.stdout.count("host: 2 ranks on ") == 1
     assert "TP 1 x PP 1 x DP 2" in first.stdout and "starting run anew" in first.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["num_layers"] == 2

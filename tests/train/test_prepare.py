@@ -83,3 +83,9 @@ def test_a_rank_that_sees_another_configuration_is_named(tmp_path: Path, monkeyp
     tiny_config(tmp_path, "gpt2", 2)  # the files, once
     monkeypatch.setattr("megapoly.train.setup.time.sleep", lambda _: None)
     assert "rank 1 sees another configuration" in run_ranks(disagree, tmp_path, dp=2)[0]
+
+
+def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
+    run_ranks(train_it, tiny_config(tmp_path, "gpt2", 2, exit_interval=1))
+    with pytest.raises(CheckpointError, match="holds the state of optimizer adam, not of muon"):
+        starting_point(tiny_config(tmp_path, "gpt2", 2, optimizer="muon"))
