@@ -42,6 +42,9 @@ bench:
 bench-step:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/step.py $(FLAGS)
 
+bench-host:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/host.py $(FLAGS)
+
 bench-record:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)
 

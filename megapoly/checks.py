@@ -52,19 +52,25 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     """Refuse a schedule for another number of chunks, and stages that no layer is left for."""
     pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
+    if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
+        asked = f"pipeline_schedule {p.pipeline_schedule or 'interleaved'} with {p.chunks} chunks"
+        raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
+    if p.pipeline_vocab_parallel and m.tied:
+        raise ConfigError(
+            "pipeline_vocab_parallel needs untie_embeddings_and_output_weights: a tied matrix is the first stage's"
+        )
     wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
     if p.chunks != wanted:
-        other = "" if p.schedule == "zb-v" and p.chunks == 1 else f"; interleaved takes {p.chunks}"
         raise ConfigError(
-            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}"
-            + other
+            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
+            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
     if p.stages > m.num_layers + 2:
         most = (m.num_layers + 2) // p.chunks
-        way_out = f"pipeline_model_parallel_size {most}" if most else f"{(m.num_layers + 2) // pp} chunks"
         raise ConfigError(
-            f"pipeline_model_parallel_size ({pp}) x {p.chunks} chunks of a rank = {p.stages} stages are too many for "
-            f"num_layers ({m.num_layers}): only the first and the last may have none; {way_out} can be had"
+            f"pipeline_model_parallel_size ({pp}) x num_virtual_stages_per_pipeline_rank ({p.chunks}) = {p.stages} "
+            f"stages are too many for num_layers ({m.num_layers}): only the first and the last may have none; "
+            + (f"pipeline_model_parallel_size {most} would do" if most else "use fewer chunks")
         )
     split = p.pipeline_layer_split
     if split is not None and (
@@ -72,35 +78,90 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     ):
         raise ConfigError(
             f"pipeline_layer_split {split} must name {p.stages} stages (pipeline_model_parallel_size {pp} x "
-            f"{p.chunks} chunks) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
+            f"{p.chunks} on each) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
         )
+
+
+def check_context(cfg: Config) -> None:
+    """Refuse sequences that cannot be dealt out to context-parallel ranks: each holds two of 2 x cp equal chunks."""
+    cp, length = cfg.parallel.context_parallel_size, cfg.model.seq_length
+    _positive(context_parallel_size=cp)
+    chunks = 2 * cp
+    if cp == 1 or length % chunks == 0:
+        return
+    lengths = " or ".join(f"{near:,}" for near in (length // chunks * chunks, -(-length // chunks) * chunks) if near)
+    fewer = next(size for size in range(cp - 1, 0, -1) if size == 1 or length % (2 * size) == 0)
+    raise ConfigError(
+        f"context_parallel_size ({cp}) cuts sequences into {chunks} chunks, which seq_length ({length:,}) does not "
+        f"divide into: use seq_length {lengths}, or context_parallel_size {fewer}"
+    )
+
+
+def check_tensor_parallel(m: ModelConfig, tp: int) -> None:
+    """Refuse a number of tensor-parallel ranks that the heads or the feed-forward width cannot be dealt to."""
+
+    def misfit(tp: int) -> str:
+        if m.num_attention_heads % tp:
+            return f"must divide num_attention_heads ({m.num_attention_heads})"
+        if m.num_kv_heads % tp and tp % m.num_kv_heads:
+            return f"must divide num_query_groups ({m.num_kv_heads}) or be a multiple of it"
+        return f"must divide ffn_hidden_size ({m.ffn_size})" if m.ffn_size % tp else ""
+
+    if found := misfit(tp):
+        nearest = min((n for n in range(1, m.num_attention_heads + 1) if not misfit(n)), key=lambda n: abs(n - tp))
+        raise ConfigError(f"tensor_model_parallel_size ({tp}) {found}; nearest that works: {nearest}")
+
+
+def check_fp8(cfg: Config) -> None:
+    """Refuse sizes that FP8 products cannot have: what a rank multiplies comes in multiples of 16."""
+    m, tp = cfg.model, cfg.parallel.tensor_model_parallel_size
+    if cfg.precision.fp8_recipe is None:
+        return
+    if cfg.parallel.tp_comm_overlap:
+        raise ConfigError(
+            f"fp8_recipe {cfg.precision.fp8_recipe} does not go with tp_comm_overlap: leave out one of them"
+        )
+    query = m.num_attention_heads // tp * m.head_dim
+    packed = query + 2 * max(m.num_kv_heads // tp, 1) * m.head_dim
+    for name, value, share, ranks in (("hidden_size", m.hidden_size, m.hidden_size, 1),
+                                      ("ffn_hidden_size", m.ffn_size, m.ffn_size // tp, tp),
+                                      ("kv_channels", m.head_dim, query, 1),
+                                      ("kv_channels", m.head_dim, packed, 1)):  # fmt: skip
+        if share % 16:
+            unit = 16 * ranks
+            nearest = " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)
+            raise ConfigError(
+                f"fp8_recipe ({cfg.precision.fp8_recipe}) multiplies matrices of multiples of 16: {name} ({value}) "
+                f"gives {share} on each of {tp} tensor-parallel ranks; use {name} {nearest}"
+            )
 
 
 def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
     _positive(tensor_model_parallel_size=tp)
-    for name, size in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_kv_heads),
-                       ("ffn_hidden_size", m.ffn_size)):  # fmt: skip
-        if size % tp:
-            raise ConfigError(f"tensor_model_parallel_size ({tp}) must divide {name} ({size})")
+    check_tensor_parallel(m, tp)
+    check_fp8(cfg)
     check_pipeline(m, p)
-    if world_size % (tp * pp):
+    check_context(cfg)
+    if world_size % (tp * cp * pp):
+        context = f"context_parallel_size ({cp}) x " if cp > 1 else ""
         raise ConfigError(
-            f"tensor_model_parallel_size ({tp}) x pipeline_model_parallel_size ({pp}) = {tp * pp} "
+            f"tensor_model_parallel_size ({tp}) x {context}pipeline_model_parallel_size ({pp}) = {tp * cp * pp} "
             f"must divide the world size ({world_size})"
         )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
-    if p.sequence_parallel and (t.micro_batch_size * m.seq_length) % tp:
+    if p.sequence_parallel and (t.micro_batch_size * m.seq_length // cp) % tp:
+        shared = " / context_parallel_size" if cp > 1 else ""
         raise ConfigError(
             f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
-            f"micro_batch_size x seq_length ({t.micro_batch_size * m.seq_length})"
+            f"micro_batch_size x seq_length{shared} ({t.micro_batch_size * m.seq_length // cp})"
         )
     if p.tp_comm_overlap and not p.sequence_parallel:
         raise ConfigError("tp_comm_overlap needs sequence_parallel, whose collectives it overlaps: turn both on")
-    dp = world_size // (tp * pp)
+    dp = world_size // (tp * cp * pp)
     check_batches(t, dp)
     return dp
 
@@ -178,6 +239,37 @@ def check_training(cfg: Config) -> None:
         raise ConfigError("finetune needs load: the checkpoint whose weights to take")
 
 
+def check_replicas(p: ParallelConfig, replicas: int) -> None:
+    """Refuse optimizer instances, buckets and hash intervals that the replicas of the model cannot have."""
+    _positive(num_distributed_optimizer_instances=p.num_distributed_optimizer_instances,
+              ddp_bucket_size=p.ddp_bucket_size)  # fmt: skip
+    instances = p.num_distributed_optimizer_instances
+    if replicas % instances:
+        nearest = min((n for n in range(1, replicas + 1) if replicas % n == 0), key=lambda n: abs(n - instances))
+        raise ConfigError(
+            f"num_distributed_optimizer_instances ({instances}) must divide the {replicas} replicas of the model "
+            f"(data-parallel size x context_parallel_size); {nearest} does"
+        )
+    if p.check_weight_hash_across_dp_replicas_interval < 0:
+        raise ConfigError(
+            "check_weight_hash_across_dp_replicas_interval "
+            f"({p.check_weight_hash_across_dp_replicas_interval}) must be at least 0 (never)"
+        )
+
+
+def check_recompute(t: TrainConfig) -> None:
+    """Refuse recomputation that would do nothing, or other than what is asked for."""
+    _positive(recompute_num_layers=t.recompute_num_layers)
+    known = ("core_attn", "layernorm", "mlp_act")
+    if not t.recompute_modules or set(t.recompute_modules) - set(known):
+        raise ConfigError(f"recompute_modules {t.recompute_modules} must be some of {', '.join(known)}")
+    if t.cpu_offloading and t.recompute_granularity != "full":
+        raise ConfigError(
+            f"cpu_offloading needs recompute_granularity full (it is {t.recompute_granularity}): "
+            "what goes to the host are the inputs of redone blocks"
+        )
+
+
 def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
     """Refuse phases of the learning rate that overlap; total_steps is the run's last step."""
     if s.lr_warmup_init > s.lr:
@@ -194,11 +286,30 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
         )
 
 
+def check_compile(cfg: Config) -> None:
+    """Refuse torch_compile where a captured block would leave out what an option asks for."""
+    if not cfg.train.torch_compile:
+        return
+    for name, value, lets in (
+        ("recompute_granularity", cfg.train.recompute_granularity, (None, "full")),
+        ("fp8_recipe", cfg.precision.fp8_recipe, (None,)),
+        ("tp_comm_overlap", cfg.parallel.tp_comm_overlap, (False,)),
+        ("context_parallel_size", cfg.parallel.context_parallel_size, (1,)),
+        ("pipeline_schedule", cfg.parallel.pipeline_schedule, (None, "gpipe", "1f1b", "interleaved")),
+    ):
+        if value not in lets:
+            raise ConfigError(f"torch_compile does not go with {name} {value}: leave out one of them")
+
+
 def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
-    return check_layout(cfg, world_size)
+    check_recompute(cfg.train)
+    check_compile(cfg)
+    dp = check_layout(cfg, world_size)
+    check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
+    return dp
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:

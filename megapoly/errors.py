@@ -31,6 +31,14 @@ class CheckpointError(MegapolyError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class ReplicaError(MegapolyError):
+    """Weights that should be equal on several ranks and are not."""
+
+
+class Echo(MegapolyError):
+    """What another rank has found as well and says; this one ends silently."""
+
+
 def _let_the_speaker_finish() -> None:
     """Wait until the launcher ends this process: it would end the one that speaks as soon as any other is gone."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_STATUS))
@@ -40,7 +48,8 @@ def _let_the_speaker_finish() -> None:
 def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
     """Wrap an entry point: a MegapolyError ends in one line on stderr and exit status 2, without a traceback.
 
-    `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says.
+    `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says,
+    and an Echo nobody.
     """
 
     @functools.wraps(main)
@@ -49,7 +58,7 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
             main(*args, **kwargs)
         except MegapolyError as error:
             sys.stdout.flush()
-            if speaks():
+            if speaks() and not isinstance(error, Echo):
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
             else:
                 _let_the_speaker_finish()

@@ -185,6 +185,8 @@ class ParallelConfig:
     @property
     def schedule(self) -> str:
         """The order of passes."""
+        if self.pipeline_vocab_parallel:
+            return "1f1b-vocab"
         return self.pipeline_schedule or ("interleaved" if self.chunks > 1 else "1f1b")
 
     @property
@@ -208,7 +210,9 @@ class PrecisionConfig:
         None, "FP8 in the GEMMs of the blocks (Hopper and later); one scale a tensor, taken when it is used",
         ("tensorwise",),
     )  # fmt: skip
-    accumulate_allreduce_grads_in_fp32: bool = option(True, "sum gradients over ranks in fp32, else in bf16")
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        True, "sum gradients over replicas in fp32, else in bf16 (over micro-batches always in fp32)"
+    )
     attention_softmax_in_fp32: bool = option(True, "softmax statistics in fp32 (no kernel knows another way)")
     fp32_residual_connection: bool = option(False, "keep the residual stream in fp32, over pipeline sends too")
     attention_backend: str = option("auto", "attention with rotary", ("auto", "triton", "sdpa", "flash_attn"))
@@ -273,8 +277,10 @@ class TrainConfig:
     )
     recompute_method: str = option("uniform", "full: all blocks, or the first of each chunk", ("uniform", "block"))
     recompute_num_layers: int = option(1, "full, uniform: blocks redone at once; full, block: blocks that are redone")
-    cpu_offloading: bool = option(False, "full: keep the inputs of redone blocks in host memory")
-    torch_compile: bool = option(False, "compile each block with torch.compile")
+    cpu_offloading: bool = option(False, "full: keep the inputs of redone blocks in host memory (no gain on a CPU)")
+    torch_compile: bool = option(
+        False, "compile each block with torch.compile; gradients of its matrices then come by autograd, not overlapped"
+    )
     seed: int = option(1234, "seed of weights and data order")
     train_iters: int | None = option(None, "stop after so many steps (may only shorten the stages' budgets)")
     train_samples: int | None = option(None, "stop after so many sequences (may only shorten the budgets)")

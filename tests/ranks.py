@@ -36,13 +36,13 @@ def _rank(fn: Callable[..., Any], args: tuple, rank: int, layout: Layout, world:
 
 def run_ranks(
     fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: int = 1, cp: int = 1, instances: int = 1,
-    shares_vocab: bool = False,
+    shares_vocab: bool = False, kv: int = 1,
 ) -> list[Any]:  # fmt: skip
     """Call fn(mesh, *args) on tp x cp x pp x dp forked gloo ranks; returns what each returned, by rank.
 
     A rank that fails ends all others, and its traceback is raised here. World size 1 runs in this process.
     """
-    layout = Layout(tp, cp, pp, instances, shares_vocab)
+    layout = Layout(tp, cp, pp, instances, shares_vocab, kv)
     world = layout.model * dp
     if world == 1:
         return [fn(single_process_mesh(), *args)]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,8 +126,36 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "world", "numbers"),
     [
-        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)")),
-        ({"pipeline_model_parallel_size": 5}, 5, ("(5)", "(4)")),
+        ({"tensor_model_parallel_size": 3}, 3, ("(3)", "(8)", "nearest that works: 2")),
+        (
+            {"tensor_model_parallel_size": 6, "num_attention_heads": 12, "kv_channels": 16, "num_query_groups": 4},
+            6,
+            ("(6)", "num_query_groups (4)", "nearest that works: 4"),
+        ),
+        ({"tensor_model_parallel_size": 2, "tp_comm_overlap": True}, 2, ("sequence_parallel",)),
+        (
+            {"fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2, "ffn_hidden_size": 400},
+            2,
+            ("ffn_hidden_size (400)", "200 on each of 2", "384 or 416"),
+        ),
+        ({"fp8_recipe": "tensorwise", "kv_channels": 9}, 1, ("kv_channels (9)", "72 on each of 1", "kv_channels 16")),
+        (
+            {
+                "fp8_recipe": "tensorwise",
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "tp_comm_overlap": True,
+            },
+            2,
+            ("fp8_recipe", "tp_comm_overlap"),
+        ),
+        ({"pipeline_model_parallel_size": 7}, 7, ("(7)", "(4)", "pipeline_model_parallel_size 6 would")),
+        ({"pipeline_model_parallel_size": 4, "pipeline_schedule": "interleaved"}, 4, ("(4)", "(2)", "= 8", "_size 3 ")),
+        ({"num_virtual_stages_per_pipeline_rank": 7}, 1, ("(7)", "(4)", "fewer chunks")),
+        ({"num_virtual_stages_per_pipeline_rank": 0}, 1, ("(0)", "must be positive")),
+        ({"num_virtual_stages_per_pipeline_rank": 2, "pipeline_schedule": "1f1b"}, 1, ("(2)", "1 for", "interleaved")),
+        ({"num_virtual_stages_per_pipeline_rank": 3, "pipeline_schedule": "zb-v"}, 1, ("(3)", "2 for pipeline_sch")),
+        ({"num_virtual_stages_per_pipeline_rank": 1, "pipeline_schedule": "zb-v"}, 1, ("(1)", "2 for", "1f1b takes 1")),
         ({"tensor_model_parallel_size": 2}, 3, ("= 2", "(3)")),
         ({"num_attention_heads": 7}, 1, ("(7)", "(256)")),
         ({"num_query_groups": 3}, 1, ("(3)", "(8)")),
@@ -134,7 +163,28 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
         ({"sequence_parallel": True}, 1, ("1",)),
         ({"pipeline_layer_split": [3, 2], "pipeline_model_parallel_size": 2}, 2, ("[3, 2]", "(4)")),
         ({"pipeline_layer_split": [2, 0, 2], "pipeline_model_parallel_size": 3}, 3, ("[2, 0, 2]", "may have none")),
+        (
+            {"pipeline_layer_split": [2, 2], "pipeline_schedule": "zb-v", "pipeline_model_parallel_size": 2},
+            2,
+            ("4 stag",),
+        ),
+        ({"pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": False}, 1, ("untie_embeddings",)),
+        ({"pipeline_vocab_parallel": True, "pipeline_schedule": "zb-v"}, 1, ("leave out", "zb-v with 2 chunks")),
+        (
+            {"pipeline_vocab_parallel": True, "num_virtual_stages_per_pipeline_rank": 2},
+            1,
+            ("out", "interleaved with 2"),
+        ),
         ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
+        ({"num_distributed_optimizer_instances": 3}, 4, ("(3)", "4 replicas", "2 does")),
+        (
+            {"num_distributed_optimizer_instances": 4, "tensor_model_parallel_size": 4},
+            8,
+            ("(4)", "2 replicas", "2 does"),
+        ),
+        ({"num_distributed_optimizer_instances": 0}, 4, ("(0)",)),
+        ({"ddp_bucket_size": 0}, 1, ("(0)",)),
+        ({"check_weight_hash_across_dp_replicas_interval": -1}, 1, ("(-1)",)),
         ({"lr": -1.0}, 1, ("-1.0",)),
         ({"rotary_percent": 0.1, "position_embedding_type": "rope"}, 1, ("(0.1)", "(32)")),
     ],
@@ -144,6 +194,20 @@ def test_conflicts_give_both_numbers(flags: dict, world: int, numbers: tuple[str
         check(load_config("tiny", flags), world)
     for number in numbers:
         assert number in str(caught.value)
+
+
+def test_what_schedules_and_chunks_default_to() -> None:
+    def both(**flags: Any) -> tuple[str, int]:
+        cfg = load_config("tiny", flags)
+        check(cfg, 2)
+        return cfg.parallel.schedule, cfg.parallel.chunks
+
+    assert both() == ("1f1b", 1)
+    assert both(num_virtual_stages_per_pipeline_rank=3) == ("interleaved", 3)
+    assert both(pipeline_schedule="interleaved", pipeline_model_parallel_size=2) == ("interleaved", 2)
+    assert both(pipeline_schedule="interleaved", num_virtual_stages_per_pipeline_rank=1) == ("interleaved", 1)
+    assert both(pipeline_schedule="zb-v", pipeline_model_parallel_size=2) == ("zb-v", 2)
+    assert both(pipeline_schedule="zb-h1", pipeline_layer_split=[0, 4], pipeline_model_parallel_size=2) == ("zb-h1", 1)
 
 
 def test_padded_vocabulary() -> None:

@@ -87,7 +87,7 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
     place = Placement(mesh.tp, False, torch.bfloat16, device)
     model = Transformer(cfg, sizes.vocab, make_stage([sizes.layers], mesh.pp), place, chosen)
     with torch.no_grad():
-        for _, parameter, shard in sharded_parameters(model):
+        for _, parameter, (shard,) in sharded_parameters(model):
             parameter.zero_() if shard.init == "zeros" else parameter.normal_(std=cfg.model.init_method_std)
             if shard.init == "ones":
                 parameter.fill_(1.0)

@@ -7,6 +7,7 @@ on a GPU and the reference on a CPU.
 from megapoly_kernels.activation import bias_gelu, gated_activation
 from megapoly_kernels.adamw import Range, RangeTable, adamw_, merged, squared_norm
 from megapoly_kernels.backends import Backends, choose
+from megapoly_kernels.context_attention import Exchange, LocalChunks, context_attention
 from megapoly_kernels.cross_entropy import vocab_parallel_cross_entropy
 from megapoly_kernels.layer_norm import layer_norm
 from megapoly_kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,13 +17,16 @@ from megapoly_kernels.rotary_attention import HeadShape, Sequences, rotary_atten
 
 __all__ = [
     "Backends",
+    "Exchange",
     "HeadShape",
+    "LocalChunks",
     "Range",
     "RangeTable",
     "Sequences",
     "adamw_",
     "bias_gelu",
     "choose",
+    "context_attention",
     "gated_activation",
     "layer_norm",
     "linear_cross_entropy",

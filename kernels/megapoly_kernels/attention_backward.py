@@ -23,8 +23,8 @@ from megapoly_kernels.attention_tiles import (
     key_range,
     load_row,
     load_tile,
+    query_range,
     rotate_back,
-    sequence_end,
     sequence_start,
     token_position,
 )
@@ -48,24 +48,27 @@ def attention_delta_kernel(
 @triton.jit
 def _visit_queries(
     d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, out_column, stride, out_stride,
-    tokens, begin, end, key, highest, scale,
+    rows, begin, end, lowest, highest, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, ALIBI: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the query tiles from begin to end give to the gradients of one tile of keys and values."""
+    """Add what the query tiles from begin to end give to the gradients of one tile of keys and values.
+
+    The rows from `lowest` (where rows are tokens, the key's own) to before `highest` see a key.
+    """
     for m in tl.range(begin, end, BLOCK_M):
         m = tl.multiple_of(m, BLOCK_M)
         row = m + tl.arange(0, BLOCK_M)
-        q = load_tile(source, m, q_column, stride, tokens, BLOCK_M, D, BLOCK_D, MASKED, TMA)
-        row_lse = load_row(lse, head, m, tokens, BLOCK_M, TMA)
-        row_delta = load_row(delta, head, m, tokens, BLOCK_M, TMA)
+        q = load_tile(source, m, q_column, stride, rows, BLOCK_M, D, BLOCK_D, MASKED, TMA)
+        row_lse = load_row(lse, head, m, rows, BLOCK_M, TMA)
+        row_delta = load_row(delta, head, m, rows, BLOCK_M, TMA)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         if ALIBI:
-            scores -= slope * (row[None, :] - key[:, None]).to(tl.float32)
+            scores -= slope * (row[None, :] - lowest[:, None]).to(tl.float32)
         weight = tl.math.exp2(scores - row_lse[None, :])
         if MASKED:
-            weight = tl.where((key[:, None] <= row[None, :]) & (row[None, :] < highest[:, None]), weight, 0.0)
-        d_o = load_tile(d_source, m, out_column, out_stride, tokens, BLOCK_M, D, BLOCK_D, MASKED, TMA)
+            weight = tl.where((lowest[:, None] <= row[None, :]) & (row[None, :] < highest[:, None]), weight, 0.0)
+        d_o = load_tile(d_source, m, out_column, out_stride, rows, BLOCK_M, D, BLOCK_D, MASKED, TMA)
         d_v = tl.dot(weight.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_weight = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
         d_scores = (weight * (d_weight - row_delta[None, :])).to(q.dtype)
@@ -80,29 +83,28 @@ def attention_backward_keys_kernel(
     QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     WIDE: tl.constexpr, PACKED: tl.constexpr, HAS_POSITION: tl.constexpr, TAIL: tl.constexpr, WINDOWED: tl.constexpr,
     ALIBI: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_stride=None, rows=None, CONTEXT: tl.constexpr = False,
 ):  # fmt: skip
-    """Gradients of one tile of keys and values of one group, from all query heads that read them."""
+    """Gradients of one tile of keys and values of one group, from all query heads that read them.
+
+    With CONTEXT qkv and d_qkv are buffers of keys and values alone, [tokens, groups, 2, D]; the `rows` queries lie in
+    `source`, and those from start[i] to before end[i] see key i.
+    """
     n = tl.program_id(0) * BLOCK_N
     group = tl.program_id(1)
     key = n + tl.arange(0, BLOCK_N)
     is_key = key < tokens
-    k_column = (group * (QUERIES + 2) + QUERIES) * D
+    if CONTEXT:
+        k_column = group * 2 * D
+    else:
+        k_column = (group * (QUERIES + 2) + QUERIES) * D
+        q_stride, rows = stride, tokens
     k = load_tile(qkv, n, k_column, stride, tokens, BLOCK_N, D, BLOCK_D, True, False)
     v = load_tile(qkv, n, k_column + D, stride, tokens, BLOCK_N, D, BLOCK_D, True, False)
 
-    # The query after the last that sees any key of the tile, and after the last that sees all of them.
-    last_key = tl.minimum(n + BLOCK_N, tokens) - 1
-    highest = sequence_end(end, key, tokens, length, PACKED)
-    high_first = sequence_end(end, n, tokens, length, PACKED)
-    high_last = sequence_end(end, last_key, tokens, length, PACKED)
-    if WINDOWED:
-        highest = tl.minimum(highest, key + window)
-        high_first = tl.minimum(high_first, n + window)
-        high_last = tl.minimum(high_last, last_key + window)
-    begin = n // BLOCK_M * BLOCK_M
-    past_diagonal = tl.minimum(tl.cdiv(n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, high_last)
-    full = tl.maximum(high_first // BLOCK_M * BLOCK_M, past_diagonal) if TAIL else high_last
-
+    lowest, highest, begin, past_diagonal, full, after = query_range(
+        start, end, n, key, tokens, length, window, PACKED, WINDOWED, TAIL, BLOCK_M, BLOCK_N, CONTEXT
+    )
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for query in range(QUERIES):
@@ -110,17 +112,17 @@ def attention_backward_keys_kernel(
         q_column = (group * (QUERIES + 2) + query) * D
         slope = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         d_k, d_v = _visit_queries(
-            d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, stride, out_stride,
-            tokens, begin, past_diagonal, key, highest, scale, D, BLOCK_D, BLOCK_M, True, ALIBI, TMA, PRECISION,
+            d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, q_stride, out_stride,
+            rows, begin, past_diagonal, lowest, highest, scale, D, BLOCK_D, BLOCK_M, True, ALIBI, TMA, PRECISION,
         )  # fmt: skip
         d_k, d_v = _visit_queries(
-            d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, stride, out_stride,
-            tokens, past_diagonal, full, key, highest, scale, D, BLOCK_D, BLOCK_M, False, ALIBI, TMA, PRECISION,
+            d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, q_stride, out_stride,
+            rows, past_diagonal, full, lowest, highest, scale, D, BLOCK_D, BLOCK_M, False, ALIBI, TMA, PRECISION,
         )  # fmt: skip
         if TAIL:
             d_k, d_v = _visit_queries(
-                d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, stride, out_stride,
-                tokens, full, high_last, key, highest, scale, D, BLOCK_D, BLOCK_M, True, ALIBI, TMA, PRECISION,
+                d_k, d_v, k, v, source, d_source, lse, delta, head, slope, q_column, head * D, q_stride, out_stride,
+                rows, full, after, lowest, highest, scale, D, BLOCK_D, BLOCK_M, True, ALIBI, TMA, PRECISION,
             )  # fmt: skip
     channel = tl.arange(0, BLOCK_D)
     is_used = is_key[:, None] & (channel < D)[None, :]
@@ -136,7 +138,7 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def _visit_keys_again(
-    d_q, q, d_o, row_lse, row_delta, source, slope, k_column, stride, tokens, begin, end, row, lowest, scale,
+    d_q, q, d_o, row_lse, row_delta, source, slope, k_column, stride, keys, begin, end, last, lowest, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, ALIBI: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -144,14 +146,14 @@ def _visit_keys_again(
     for n in tl.range(begin, end, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
         key = n + tl.arange(0, BLOCK_N)
-        k = load_tile(source, n, k_column, stride, tokens, BLOCK_N, D, BLOCK_D, MASKED, TMA)
-        v = load_tile(source, n, k_column + D, stride, tokens, BLOCK_N, D, BLOCK_D, MASKED, TMA)
+        k = load_tile(source, n, k_column, stride, keys, BLOCK_N, D, BLOCK_D, MASKED, TMA)
+        v = load_tile(source, n, k_column + D, stride, keys, BLOCK_N, D, BLOCK_D, MASKED, TMA)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if ALIBI:
-            scores -= slope * (row[:, None] - key[None, :]).to(tl.float32)
+            scores -= slope * (last[:, None] - key[None, :]).to(tl.float32)
         weight = tl.math.exp2(scores - row_lse[:, None])
         if MASKED:
-            weight = tl.where((key[None, :] <= row[:, None]) & (key[None, :] >= lowest[:, None]), weight, 0.0)
+            weight = tl.where((key[None, :] <= last[:, None]) & (key[None, :] >= lowest[:, None]), weight, 0.0)
         d_weight = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
         d_scores = (weight * (d_weight - row_delta[:, None])).to(k.dtype)
         d_q = tl.dot(d_scores, k, d_q, input_precision=PRECISION)
@@ -165,38 +167,44 @@ def attention_backward_queries_kernel(
     QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     WIDE: tl.constexpr, PACKED: tl.constexpr, HAS_POSITION: tl.constexpr, LEAD: tl.constexpr, WINDOWED: tl.constexpr,
     ALIBI: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own=None, kv_stride=None, keys=None, CONTEXT: tl.constexpr = False,
 ):  # fmt: skip
-    """Gradient of one tile of queries of one head."""
+    """Gradient of one tile of queries of one head; CONTEXT as in attention_forward_kernel."""
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1)
     group = head // QUERIES
     row = m + tl.arange(0, BLOCK_M)
     is_row = row < tokens
     q_column = (group * (QUERIES + 2) + head % QUERIES) * D
-    k_column = (group * (QUERIES + 2) + QUERIES) * D
+    if CONTEXT:
+        k_column = group * 2 * D
+        last = tl.load(own + row, mask=is_row, other=0)
+    else:
+        k_column = (group * (QUERIES + 2) + QUERIES) * D
+        kv_stride, keys, last = stride, tokens, row
     q = load_tile(qkv, m, q_column, stride, tokens, BLOCK_M, D, BLOCK_D, True, False)
     d_o = load_tile(d_out, m, head * D, out_stride, tokens, BLOCK_M, D, BLOCK_D, True, False)
     row_lse = tl.load(lse + head.to(tl.int64) * tokens + row, mask=is_row, other=0.0)
     row_delta = tl.load(delta + head.to(tl.int64) * tokens + row, mask=is_row, other=0.0)
 
     first = sequence_start(start, row, tokens, length, PACKED)
-    lowest, last_row, begin, full, diagonal = key_range(
-        start, m, row, first, tokens, length, window, PACKED, WINDOWED, LEAD, BLOCK_M, BLOCK_N
+    lowest, last_key, begin, full, diagonal = key_range(
+        start, m, row, first, tokens, length, window, PACKED, WINDOWED, LEAD, BLOCK_M, BLOCK_N, own, CONTEXT
     )
     slope = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if LEAD:
         d_q = _visit_keys_again(
-            d_q, q, d_o, row_lse, row_delta, source, slope, k_column, stride, tokens, begin, full, row, lowest, scale,
-            D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
+            d_q, q, d_o, row_lse, row_delta, source, slope, k_column, kv_stride, keys, begin, full, last, lowest,
+            scale, D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
         )  # fmt: skip
     d_q = _visit_keys_again(
-        d_q, q, d_o, row_lse, row_delta, source, slope, k_column, stride, tokens, full, diagonal, row, lowest, scale,
-        D, BLOCK_D, BLOCK_N, False, ALIBI, TMA, PRECISION,
+        d_q, q, d_o, row_lse, row_delta, source, slope, k_column, kv_stride, keys, full, diagonal, last, lowest,
+        scale, D, BLOCK_D, BLOCK_N, False, ALIBI, TMA, PRECISION,
     )  # fmt: skip
     d_q = _visit_keys_again(
-        d_q, q, d_o, row_lse, row_delta, source, slope, k_column, stride, tokens, diagonal, last_row + 1, row, lowest,
-        scale, D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
+        d_q, q, d_o, row_lse, row_delta, source, slope, k_column, kv_stride, keys, diagonal, last_key + 1, last,
+        lowest, scale, D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
     )  # fmt: skip
     d_q *= scale / LOG2_E
     if HALF > 0:

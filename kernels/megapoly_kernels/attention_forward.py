@@ -35,23 +35,23 @@ def rotate_keys_kernel(
 
 @triton.jit
 def _visit_keys(
-    accumulated, total, top, q, source, slope, k_column, v_column, stride, tokens, begin, end, row, lowest, scale,
+    accumulated, total, top, q, source, slope, k_column, v_column, stride, keys, begin, end, last, lowest, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, ALIBI: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles from begin to end; scores are in units of log 2."""
+    """Online softmax over the key tiles from begin to end; scores are in units of log 2. A row sees lowest to last."""
     for n in tl.range(begin, end, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
-        k = load_tile(source, n, k_column, stride, tokens, BLOCK_N, D, BLOCK_D, MASKED, TMA)
+        k = load_tile(source, n, k_column, stride, keys, BLOCK_N, D, BLOCK_D, MASKED, TMA)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED or ALIBI:
             key = n + tl.arange(0, BLOCK_N)
             scores *= scale
             if ALIBI:
-                scores -= slope * (row[:, None] - key[None, :]).to(tl.float32)
+                scores -= slope * (last[:, None] - key[None, :]).to(tl.float32)
             if MASKED:
                 # Finite: a row that sees nothing in this tile stays free of NaN, and its first real key wipes the sums.
-                is_seen = (key[None, :] <= row[:, None]) & (key[None, :] >= lowest[:, None])
+                is_seen = (key[None, :] <= last[:, None]) & (key[None, :] >= lowest[:, None])
                 scores = tl.where(is_seen, scores, -1.0e30)
             new_top = tl.maximum(top, tl.max(scores, 1))
             scores -= new_top[:, None]
@@ -62,7 +62,7 @@ def _visit_keys(
         shrink = tl.math.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, 1)
         accumulated = accumulated * shrink[:, None]
-        v = load_tile(source, n, v_column, stride, tokens, BLOCK_N, D, BLOCK_D, MASKED, TMA)
+        v = load_tile(source, n, v_column, stride, keys, BLOCK_N, D, BLOCK_D, MASKED, TMA)
         accumulated = tl.dot(weight.to(v.dtype), v, accumulated, input_precision=PRECISION)
         top = new_top
     return accumulated, total, top
@@ -74,8 +74,12 @@ def attention_forward_kernel(
     QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     WIDE: tl.constexpr, PACKED: tl.constexpr, HAS_POSITION: tl.constexpr, LEAD: tl.constexpr, WINDOWED: tl.constexpr,
     ALIBI: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    own=None, kv_stride=None, keys=None, CONTEXT: tl.constexpr = False,
 ):  # fmt: skip
-    """One tile of queries of one head: rotate it, attend, store the output and the log-sum-exp."""
+    """One tile of queries of one head: rotate it, attend, store the output and the log-sum-exp.
+
+    With CONTEXT keys and values lie in a buffer of their own, `source`, [keys, groups, 2, D]: see key_range.
+    """
     # The last tiles of a sequence see the most keys: they go first.
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1)
@@ -84,7 +88,12 @@ def attention_forward_kernel(
     is_row = row < tokens
     first = sequence_start(start, row, tokens, length, PACKED)
     head_offset = (group * (QUERIES + 2) + head % QUERIES) * D
-    k_column = (group * (QUERIES + 2) + QUERIES) * D
+    if CONTEXT:
+        k_column = group * 2 * D
+        last = tl.load(own + row, mask=is_row, other=0)
+    else:
+        k_column = (group * (QUERIES + 2) + QUERIES) * D
+        kv_stride, keys, last = stride, tokens, row
     if HALF > 0:
         place = token_position(position, row, first, is_row, HAS_POSITION)
         offset = row.to(tl.int64) * stride
@@ -94,8 +103,8 @@ def attention_forward_kernel(
     else:
         q = load_tile(qkv, m, head_offset, stride, tokens, BLOCK_M, D, BLOCK_D, True, False)
 
-    lowest, last_row, begin, full, diagonal = key_range(
-        start, m, row, first, tokens, length, window, PACKED, WINDOWED, LEAD, BLOCK_M, BLOCK_N
+    lowest, last_key, begin, full, diagonal = key_range(
+        start, m, row, first, tokens, length, window, PACKED, WINDOWED, LEAD, BLOCK_M, BLOCK_N, own, CONTEXT
     )
     slope = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
 
@@ -104,16 +113,16 @@ def attention_forward_kernel(
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if LEAD:
         accumulated, total, top = _visit_keys(
-            accumulated, total, top, q, source, slope, k_column, k_column + D, stride, tokens, begin, full, row,
+            accumulated, total, top, q, source, slope, k_column, k_column + D, kv_stride, keys, begin, full, last,
             lowest, scale, D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
         )  # fmt: skip
     accumulated, total, top = _visit_keys(
-        accumulated, total, top, q, source, slope, k_column, k_column + D, stride, tokens, full, diagonal, row,
+        accumulated, total, top, q, source, slope, k_column, k_column + D, kv_stride, keys, full, diagonal, last,
         lowest, scale, D, BLOCK_D, BLOCK_N, False, ALIBI, TMA, PRECISION,
     )  # fmt: skip
     accumulated, total, top = _visit_keys(
-        accumulated, total, top, q, source, slope, k_column, k_column + D, stride, tokens, diagonal, last_row + 1,
-        row, lowest, scale, D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
+        accumulated, total, top, q, source, slope, k_column, k_column + D, kv_stride, keys, diagonal, last_key + 1,
+        last, lowest, scale, D, BLOCK_D, BLOCK_N, True, ALIBI, TMA, PRECISION,
     )  # fmt: skip
     channel = tl.arange(0, BLOCK_D)
     at = out + row.to(tl.int64)[:, None] * (heads * D) + head * D + channel[None, :]

@@ -158,14 +158,17 @@ def token_position(position, token, first, is_row, HAS_POSITION: tl.constexpr):
 @triton.jit
 def key_range(
     start, m, row, first, tokens, length, window, PACKED: tl.constexpr, WINDOWED: tl.constexpr, LEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, own=None, CONTEXT: tl.constexpr = False,
 ):  # fmt: skip
-    """What a tile of queries from m sees: each row's first key, the last row, and the borders of three loops.
+    """What a tile of queries from m sees: each row's first key, the tile's last key, and the borders of three loops.
 
     Key tiles from begin to full need a mask (LEAD: some rows see them in part), those up to the diagonal need none,
-    those from there to the last row do again.
+    those from there to the last key do again. With CONTEXT row i's own key, the last that it sees, is own[i], else i.
     """
     last_row = tl.minimum(m + BLOCK_M, tokens) - 1
+    first_own, last_own = m, last_row
+    if CONTEXT:
+        first_own, last_own = tl.load(own + m), tl.load(own + last_row)
     lowest = first
     low_first = sequence_start(start, m, tokens, length, PACKED)
     low_last = sequence_start(start, last_row, tokens, length, PACKED)
@@ -174,8 +177,36 @@ def key_range(
         low_first = tl.maximum(low_first, m - window + 1)
         low_last = tl.maximum(low_last, last_row - window + 1)
     begin = low_first // BLOCK_N * BLOCK_N
-    diagonal = m // BLOCK_N * BLOCK_N
+    diagonal = first_own // BLOCK_N * BLOCK_N
     full = begin
     if LEAD:
         full = tl.minimum(tl.cdiv(low_last, BLOCK_N) * BLOCK_N, diagonal)
-    return lowest, last_row, begin, full, diagonal
+    return lowest, last_own, begin, full, diagonal
+
+
+@triton.jit
+def query_range(
+    start, end, n, key, tokens, length, window, PACKED: tl.constexpr, WINDOWED: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONTEXT: tl.constexpr,
+):  # fmt: skip
+    """What sees a tile of keys from n: each key's first query and the one after its last, and borders of three loops.
+
+    Query tiles from begin to past_diagonal need a mask, those up to full need none, those from there to `after` do
+    again (TAIL: some queries see the keys in part). With CONTEXT the first query to see key i is row start[i], else i.
+    """
+    last_key = tl.minimum(n + BLOCK_N, tokens) - 1
+    highest = sequence_end(end, key, tokens, length, PACKED)
+    high_first = sequence_end(end, n, tokens, length, PACKED)
+    high_last = sequence_end(end, last_key, tokens, length, PACKED)
+    if WINDOWED:
+        highest = tl.minimum(highest, key + window)
+        high_first = tl.minimum(high_first, n + window)
+        high_last = tl.minimum(high_last, last_key + window)
+    lowest, low_first, low_last = key, n, n + BLOCK_N - 1
+    if CONTEXT:
+        lowest = tl.load(start + key, mask=key < tokens, other=0)
+        low_first, low_last = tl.load(start + n), tl.load(start + last_key)
+    begin = low_first // BLOCK_M * BLOCK_M
+    past_diagonal = tl.minimum(tl.cdiv(low_last, BLOCK_M) * BLOCK_M, high_last)
+    full = tl.maximum(high_first // BLOCK_M * BLOCK_M, past_diagonal) if TAIL else high_last
+    return lowest, highest, begin, past_diagonal, full, high_last

@@ -1,7 +1,8 @@
 """Which implementation of each operation runs.
 
-One rule: what is named is taken. `auto` is the reference on a CPU; on a GPU it is what the recorded measurements of
-that GPU say (measured.json, written by `make bench-record`), and our kernels where it was never measured.
+One rule: what is named is taken. `auto` is the reference on a CPU, the head with its loss in chunks; on a GPU it
+is what the recorded measurements of that GPU say (measured.json, written by `make bench-record`), and our kernels where
+it was never measured.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ CHOICES = {
     "loss": ("fused_linear", "triton", "torch"),
     "adamw": ("triton", "torch"),
 }
-_ON_CPU = {"attention": "sdpa", "norm": "torch", "activation": "torch", "loss": "torch", "adamw": "torch"}
+_ON_CPU = {"attention": "sdpa", "norm": "torch", "activation": "torch", "loss": "fused_linear", "adamw": "torch"}
 _ON_CUDA = {name: choices[0] for name, choices in CHOICES.items()}
 # PyPI has another package named apex: NVIDIA's is the one with norms.
 _MODULES = {"flash_attn": "flash_attn", "apex": "apex.normalization"}

@@ -164,7 +164,7 @@ def _stats_reference(logits_Tv: Tensor, local_T: Tensor, is_here_T: Tensor, crit
     valid_Tv = logits_Tv[:, : criterion.valid_rows]
     if criterion.valid_rows:
         max_T = valid_Tv.amax(-1)
-        sum_T = (valid_Tv - max_T[:, None]).exp().sum(-1)
+        sum_T = (valid_Tv - max_T[:, None]).exp_().sum(-1)
         target_T = torch.where(is_here_T, logits_Tv.gather(-1, local_T[:, None])[:, 0], 0.0)
     else:  # a shard that holds nothing but padding
         max_T = logits_Tv.new_full((len(logits_Tv),), -torch.inf)
@@ -175,9 +175,11 @@ def _stats_reference(logits_Tv: Tensor, local_T: Tensor, is_here_T: Tensor, crit
 
 
 def _grad_reference(
-    logits_Tv: Tensor, local_T: Tensor, is_here_T: Tensor, log_sum_T: Tensor, upstream_T: Tensor, c: "Criterion"
-) -> Tensor:
-    grad_Tv = (logits_Tv.float() - log_sum_T[:, None]).exp_()
+    logits_Tv: Tensor, local_T: Tensor, is_here_T: Tensor, log_sum_T: Tensor, upstream_T: Tensor, c: "Criterion",
+    in_place: bool,
+) -> Tensor:  # fmt: skip
+    out_Tv = logits_Tv if in_place and logits_Tv.dtype == torch.float32 else None
+    grad_Tv = torch.sub(logits_Tv.float(), log_sum_T[:, None], out=out_Tv).exp_()
     if c.z_loss:
         grad_Tv *= (1 + 2 * c.z_loss * log_sum_T)[:, None]
     grad_Tv.scatter_add_(-1, local_T[:, None], -c.confidence * is_here_T.to(grad_Tv.dtype)[:, None])
@@ -258,8 +260,8 @@ class Criterion:
         """Gradient of sum(upstream_T x losses) by the logits, in their type; with in_place it takes their place."""
         upstream_T = torch.where(labels_T == self.ignore_index, 0.0, upstream_T)
         if resolve_backend(self.backend, logits_Tv) == "torch":
-            grad_Tv = _grad_reference(logits_Tv, *self._local(labels_T), log_sum_T, upstream_T, self)
-            return logits_Tv.copy_(grad_Tv) if in_place else grad_Tv
+            grad_Tv = _grad_reference(logits_Tv, *self._local(labels_T), log_sum_T, upstream_T, self, in_place)
+            return logits_Tv.copy_(grad_Tv) if in_place and grad_Tv is not logits_Tv else grad_Tv
         scalars = (self.first_row, self.valid_rows, self.confidence, self.smooth, float(self.z_loss))
         if not in_place:
             return _grad(logits_Tv, labels_T, log_sum_T, upstream_T, *scalars)

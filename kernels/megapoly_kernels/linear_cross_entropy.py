@@ -18,6 +18,8 @@ from megapoly_kernels.cross_entropy import Criterion, all_gather
 # torch 2.13 renamed it; 2.11 knows the older name only.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+CACHED_LOGITS = 2**21  # of a chunk on a CPU: more fall out of its caches between one pass over them and the next
+
 
 @dataclass(frozen=True)
 class _Task:
@@ -144,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reason = "with main_grad, backward must start from the objective itself: every scale belongs into grad_T"
         if scale.is_cuda:
             torch._assert_async(scale == 1, reason)
-        elif scale != 1:
+        elif scale.device.type == "cpu" and scale != 1:
             raise ValueError(reason)
         return x_grad_tH, None, None
 
@@ -163,7 +165,7 @@ def _gradients_again(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
 def linear_cross_entropy(
     x_tH: Tensor, weight_vH: Tensor, labels_T: Tensor, grad_T: Tensor, first_row: int, valid_rows: int, *,
     group: dist.ProcessGroup | None = None, sequence_parallel: bool = False, main_grad: Tensor | None = None,
-    chunk_tokens: int = 2048, recompute: bool = False, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    chunk_tokens: int | None = None, recompute: bool = False, label_smoothing: float = 0.0, z_loss: float = 0.0,
     ignore_index: int = -100, vocab_size: int | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(sum of grad_T x losses, losses fp32 [tokens]) of x_tH weight_vH^T; the objective has gradients, the losses none.
@@ -172,7 +174,7 @@ def linear_cross_entropy(
     the tokens, in the order of ranks. weight_vH is this rank's part of the vocabulary as vocab_parallel_cross_entropy
     describes it, and so are the other options. labels_T and grad_T, fp32, are of all tokens on every rank; grad_T
     holds each token's weight with every scale in it, since the gradients are rounded to the type of x_tH with it.
-    At most `chunk_tokens` rows of logits exist at a time.
+    At most `chunk_tokens` rows of logits exist at a time (default: 2048 on a GPU; on a CPU what its caches hold).
 
     With `main_grad`, fp32 like weight_vH, the weight's gradient is added to it and autograd gets none. The gradients
     are made, and main_grad is added to, in the forward pass: backward must then start from the objective itself, or
@@ -183,6 +185,8 @@ def linear_cross_entropy(
     if labels_T.numel() != shares * x_tH.shape[0]:
         raise ValueError(f"{labels_T.numel()} labels for {shares} x {x_tH.shape[0]} tokens")
     criterion = Criterion(first_row, valid_rows, group, label_smoothing, z_loss, ignore_index, vocab_size, backend)
+    if chunk_tokens is None:
+        chunk_tokens = max(CACHED_LOGITS // weight_vH.shape[0], 128) if x_tH.is_cpu else 2048
     chunk = max(chunk_tokens // shares, 1)
     labels_RT, grad_RT = labels_T.view(shares, -1), grad_T.detach().float().view(shares, -1)
     task = _Task(labels_RT, grad_RT, criterion, chunk, main_grad, recompute)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megapoly_kernels.activation import bias_gelu, gated_activation
 from megapoly_kernels.adamw import Range, RangeTable, adamw_, squared_norm
+from megapoly_kernels.context_attention import LocalChunks, context_attention
 from megapoly_kernels.cross_entropy import vocab_parallel_cross_entropy
 from megapoly_kernels.layer_norm import layer_norm
 from megapoly_kernels.rms_norm import rms_norm
@@ -155,6 +156,28 @@ def _attention(
     out_ThK.backward(torch.empty_like(out_ThK))
 
 
+class _NoExchange:
+    """Stands for the other ranks where nothing is run."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def gather(self, x_tF: Tensor) -> Callable[[], Tensor]:
+        return lambda: x_tF.new_empty((x_tF.shape[0] * self.ranks, x_tF.shape[1]))
+
+    def scatter(self, x_TF: Tensor) -> Callable[[], Tensor]:
+        return lambda: x_TF.new_empty((x_TF.shape[0] // self.ranks, x_TF.shape[1]))
+
+
+def _context_attention(length: int, head_dim: int, *, queries: int = 1, packed: bool = False) -> None:
+    shape, ranks = HeadShape(4, queries, head_dim), 2
+    sequences = Sequences.packed(torch.tensor([0, 400, length]), length) if packed else Sequences(length)
+    local = LocalChunks.of(sequences, 1, length, (0, 2 * ranks - 1), 2 * ranks, torch.device("cpu"))
+    qkv_tF = empty(length // ranks, shape.groups * (queries + 2) * head_dim, grad=True)
+    out_thK = context_attention(qkv_tF, shape, local, _NoExchange(ranks), backend="triton")
+    out_thK.backward(torch.empty_like(out_thK))
+
+
 _FORWARD = "attention_forward_kernel"
 _KEYS, _QUERIES = "attention_backward_keys_kernel", "attention_backward_queries_kernel"
 
@@ -186,4 +209,11 @@ CASES += [
         lambda: _attention(128, 128, dtype=torch.float32),
         _spills(0, 16, 0, 16) | {(_FORWARD, 80): 720, (_FORWARD, 90): 400},
     ),
+    Case("context_attention 128", lambda: _context_attention(1024, 128), _spills(64, 0, 48, 0)),
+    Case(
+        "context_attention 128, packed, 4 queries a key",
+        lambda: _context_attention(1024, 128, queries=4, packed=True),
+        _spills(304, 56, 24, 0),
+    ),
+    Case("context_attention 64, ragged chunks", lambda: _context_attention(1040, 64), {(_FORWARD, 80): 40}),
 ]

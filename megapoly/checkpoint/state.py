@@ -82,16 +82,15 @@ def pieces(buffers: FlatBuffers, owned: Mapping[str, Tensor | Portion], for_savi
     for segment in buffers.segments:
         if for_saving and not segment.is_counted:
             continue
-        shard, local_shape = segment.shard, tuple(segment.parameter.shape)
+        shard = segment.shard
         first, last = segment.owned
         held = {
             prefix: flat.of(segment) if isinstance(flat, Portion) else flat[first:last]
             for prefix, flat in owned.items()
         }
         position = 0
-        if shard.dim == 0:
-            last = min(last, segment.offset + (shard.end - shard.begin) * torch.Size(local_shape[1:]).numel())
-        for offsets, sizes in rectangles(local_shape, first - segment.offset, last - segment.offset):
+        last = min(last, segment.offset + torch.Size(shard.sizes).numel())
+        for offsets, sizes in rectangles(shard.sizes, first - segment.offset, last - segment.offset):
             count = torch.Size(sizes).numel()
             whole = tuple(o + s for o, s in zip(offsets, shard.offsets, strict=True))
             for prefix, flat in held.items():

@@ -17,6 +17,8 @@ from megapoly.data.curriculum import Plan
 from megapoly.data.indexed import TokenStream
 from megapoly.data.sampler import permute
 
+WINDOW = 4096  # samples whose places are looked up at once: a step's few would cost nearly as many calls as these
+
 
 @dataclass(frozen=True)
 class Deal:
@@ -45,13 +47,22 @@ class TrainLoader:
         self.plan, self.streams, self.deal = plan, streams, deal
         self.sizes = sizes or BatchSizes(deal.global_batch_size, deal.global_batch_size)
         self.sampler = plan.sampler()
+        self._window = (0, self.sampler.samples(0, 0))
+
+    def _samples(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sources and offsets of samples first to end."""
+        begin, (sources, _, offsets) = self._window
+        if not begin <= first <= end <= begin + len(sources):
+            until = max(end, min(first + WINDOW, self.plan.num_samples))
+            self._window = begin, (sources, _, offsets) = first, self.sampler.samples(first, until)
+        return sources[first - begin : end - begin], offsets[first - begin : end - begin]
 
     def batch(self, first: int, end: int) -> list[Batch]:
         """Micro-batches of samples first to end (at most a global batch); places without a sample are masked."""
         size, length = self.sizes.at(first), self.plan.block_length
         assert 0 < end - first <= size
         deal = dataclasses.replace(self.deal, global_batch_size=size)
-        sources, _, offsets = self.sampler.samples(first, end)
+        sources, offsets = self._samples(first, end)
         batches = []
         for microbatch in range(deal.num_microbatches):
             # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took

@@ -22,10 +22,9 @@ def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> 
     place = Placement(Axis("tp"), sequence_parallel=False, dtype=reader.dtype, device=torch.device(device))
     backends = choose_backends(PrecisionConfig(), place.device)
     model = Transformer(reader.config, reader.vocab_size, stage, place, backends)
-    for name, parameter, shard in sharded_parameters(model):
+    for name, parameter, (shard,) in sharded_parameters(model):
         parameter.zero_()
-        held = parameter if shard.dim is None else parameter.narrow(shard.dim, 0, shard.end - shard.begin)
-        held.copy_(reader.get(name))
+        shard.held(parameter).copy_(reader.get(name))
     return model
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from megapoly.model.head import SharedHead
 from megapoly.model.transformer import Transformer
 from megapoly.parallel.rng import normal_shard
 from megapoly.parallel.tensor import Shard, sharded_parameters
@@ -20,15 +21,11 @@ def _std(m: ModelConfig, name: str, shard: Shard) -> float:
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int) -> None:
+def initialize(model: Transformer | SharedHead, seed: int) -> None:
     """Fill every parameter: matrices N(0, std), norms 1, biases 0, padding rows 0."""
-    for name, parameter, shard in sharded_parameters(model):
-        if shard.init == "ones":
-            parameter.fill_(1.0)
-            continue
-        parameter.zero_()
-        if shard.init == "zeros":
-            continue
-        drawn = normal_shard(shard.shape, _std(model.m, name, shard), seed, name, shard.dim, shard.begin, shard.end)
-        held = parameter if shard.dim is None else parameter.narrow(shard.dim, 0, shard.end - shard.begin)
-        held.copy_(drawn)
+    for name, parameter, shards in sharded_parameters(model):
+        parameter.fill_(1.0 if shards[0].init == "ones" else 0.0)
+        for shard in shards:
+            if shard.init not in ("ones", "zeros"):
+                std = _std(model.m, name, shard)
+                shard.held(parameter).copy_(normal_shard(shard.shape, std, seed, name, shard.offsets, shard.sizes))

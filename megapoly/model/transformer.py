@@ -1,20 +1,25 @@
 """The decoder-only transformer, or the part of it that one pipeline stage holds."""
 
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from megapoly_kernels import Backends, Sequences, rotary_table
+from megapoly_kernels import Backends, LocalChunks, Sequences, rotary_table
 from torch import Tensor, nn
 
 from megapoly.checks import padded_vocab_size
-from megapoly.model.block import Block
+from megapoly.model.block import Block, joined
 from megapoly.model.norm import Norm
+from megapoly.model.offload import HostMemory
+from megapoly.model.recompute import redone, redone_groups, redone_modules
+from megapoly.parallel.context import chunks_of
 from megapoly.parallel.linear import ColumnParallelLinear, column_parallel_linear
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import (
     Placement,
-    Shard,
     VocabParallelEmbedding,
-    shard_of,
     sharded_parameter,
 )
 from megapoly.sections import Config, ModelConfig
@@ -46,8 +51,8 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
-        self.m, self.place, self.stage, self.vocab_size = m, place, stage, vocab_size
-        self.backends = backends
+        self.m, self.stage, self.vocab_size, self.backends = m, stage, vocab_size, backends
+        self.place = dataclasses.replace(place, fp8=False)  # FP8 is for the blocks: logits keep their precision
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
@@ -55,10 +60,16 @@ class Transformer(nn.Module):
             self.embedding["word"] = word or VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)
-        self.layers = nn.ModuleDict({str(i): Block(m, place, backends) for i in stage.layers})
+        modules = redone_modules(cfg.train)
+        self.layers = nn.ModuleDict({str(i): Block(m, place, backends, modules) for i in stage.layers})
+        if cfg.train.torch_compile:
+            for block in self.layers.values():  # not the module: its hooks, which wait for parameters, stay outside
+                block.forward = torch.compile(block.forward)
+        self.groups = redone_groups([self.layers[str(i)] for i in stage.layers], cfg.train)
+        self.host = HostMemory(place.device) if cfg.train.cpu_offloading else None
         if stage.has_head:
             self.final_norm = Norm(m, place, backends)
-            if not m.tied:
+            if not m.tied and not stage.shares_head:
                 self.head = ColumnParallelLinear((vocab_size, m.hidden_size), 0, place, bias=False, padded=padded)
         self.table: tuple[Tensor, Tensor] | None = None
         if m.rotary_dim:
@@ -71,33 +82,58 @@ class Transformer(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    @property
-    def head_shard(self) -> Shard:
-        """Which rows of the vocabulary head_weight holds."""
-        return shard_of(self.head_weight)
-
     def forward(self, tokens_BS: Tensor, hidden_tH: Tensor | None = None) -> Tensor:
         """Run this stage: token ids [batch, sequence], on later stages also the residual stream received.
+
+        Under context parallel the ids are this rank's chunks of each sequence (see parallel/context.py).
 
         Returns the residual stream for the next stage, [tokens of this rank, hidden], or after the last block the
         normed hidden states.
         """
-        residual_tH = self._embed(tokens_BS) if hidden_tH is None else hidden_tH
+        sequences = self._sequences(tokens_BS)
+        residual_tH = self._embed(tokens_BS, sequences) if hidden_tH is None else hidden_tH
         branch_tH: Tensor | None = None
-        sequences = Sequences(tokens_BS.shape[1])
-        for block in self.layers.values():
-            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
+        for blocks, is_redone in self.groups:
+            if is_redone:
+                run = partial(self._run_whole, blocks, sequences)
+                branch_tH, (residual_tH,) = None, redone(run, joined(branch_tH, residual_tH), host=self.host)
+            else:
+                branch_tH, residual_tH = self._run(blocks, sequences, branch_tH, residual_tH)
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH
             # muP's factor of the logits: the head is linear, so that what enters it may carry the factor.
             return result / self.m.width_multiple if self.m.use_mup else result
-        return residual_tH if branch_tH is None else residual_tH + branch_tH
+        return joined(branch_tH, residual_tH)
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def _run(
+        self,
+        blocks: Sequence[nn.Module],
+        sequences: Sequences | LocalChunks,
+        branch_tH: Tensor | None,
+        residual_tH: Tensor,
+    ) -> tuple[Tensor | None, Tensor]:
+        for block in blocks:
+            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
+        return branch_tH, residual_tH
+
+    def _run_whole(
+        self, blocks: Sequence[nn.Module], sequences: Sequences | LocalChunks, residual_tH: Tensor
+    ) -> tuple[Tensor]:
+        return (joined(*self._run(blocks, sequences, None, residual_tH)),)
+
+    def _sequences(self, tokens_BS: Tensor) -> Sequences | LocalChunks:
+        cp, (batch, length) = self.place.cp, tokens_BS.shape
+        if cp.size == 1:
+            return Sequences(length)
+        whole = length * cp.size
+        chunks = chunks_of(cp.rank, cp.size)
+        return LocalChunks.of(Sequences(whole), batch, whole, chunks, 2 * cp.size, tokens_BS.device)
+
+    def _embed(self, tokens_BS: Tensor, sequences: Sequences | LocalChunks) -> Tensor:
         hidden_tH: Tensor = self.embedding["word"](tokens_BS.flatten())
         if "position" in self.embedding:
-            position_T = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(tokens_BS.shape[0])
+            position_T = sequences.positions(tokens_BS.numel(), tokens_BS.device)
             if self.place.sequence_parallel:
                 position_T = position_T.chunk(self.place.tp.size)[self.place.tp.rank]
             hidden_tH = hidden_tH + self.embedding["position"](position_T)

@@ -4,18 +4,17 @@ Ranks that shard optimizer state own equal parts of every bucket (ZeRO-1; Rajbha
 rank's shard is its parts of all buckets, one after the other.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from megapoly.parallel.mesh import Axis, Mesh
-from megapoly.parallel.tensor import Shard
+from megapoly.parallel.tensor import Named, Shard
 
 ALIGNMENT = 64  # entries: every rank's part begins on a cache line, for wide accesses of the optimizer
 WORD = "embedding.word.weight"
-
-Named = tuple[str, nn.Parameter, Shard]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Segment:
-    """One parameter in the buffers: entries begin to end. `is_counted`: this rank counts it in global norms."""
+    """One shard of a parameter in the buffers: entries begin to end. `is_counted`: this rank counts it in norms."""
 
     name: str
     parameter: nn.Parameter
@@ -85,16 +84,22 @@ def lay_out(groups: Sequence[Sequence[Named]], mesh: Mesh) -> tuple[list[Bucket]
     for number, entries in enumerate(groups):
         bucket = _bucket(number, begin, sum(parameter.numel() for _, parameter, _ in entries), mesh.shards)
         buckets.append(bucket)
-        for name, parameter, shard in sorted(entries, key=lambda entry: not is_decayed(entry)):
-            end = begin + parameter.numel()
-            counted = mesh.instances.is_first and (shard.dim is not None or mesh.tp.is_first)
-            if name == WORD and not mesh.pp.is_first:
-                counted = False  # the head's copy of a tied matrix; the first stage counts it
-            decayed = is_decayed((name, parameter, shard))
-            segments.append(Segment(name, parameter, shard, bucket, begin, end, decayed, counted))
-            begin = end
+        for name, parameter, shards in sorted(entries, key=lambda entry: not is_decayed(entry)):
+            decayed = is_decayed((name, parameter, shards))
+            for shard in shards:
+                end = begin + (math.prod(shard.sizes) if len(shards) > 1 else parameter.numel())
+                counted = _is_counted(name, shard, mesh)
+                segments.append(Segment(name, parameter, shard, bucket, begin, end, decayed, counted))
+                begin = end
         begin = bucket.flat.stop
     return buckets, segments
+
+
+def _is_counted(name: str, shard: Shard, mesh: Mesh) -> bool:
+    if name == WORD and not mesh.pp.is_first:
+        return False  # the head's copy of a tied matrix; the first stage counts it
+    is_first = mesh.kv.is_first if shard.is_copied else shard.dim is not None or mesh.tp.is_first
+    return mesh.instances.is_first and is_first
 
 
 def _bucket(number: int, begin: int, entries: int, shards: Axis) -> Bucket:

@@ -28,12 +28,12 @@ def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
 class Pending:
     """The result of collectives that may still be under way; what they read is kept until they are done."""
 
-    __slots__ = ("_reads", "_works", "result")
+    __slots__ = ("_reads", "_works", "result", "what")
 
     def __init__(
-        self, result: Tensor, works: Sequence["dist.Work | Pending | None"] = (), reads: object = None
+        self, result: Tensor, works: Sequence["dist.Work | Pending | None"] = (), reads: object = None, what: str = ""
     ) -> None:
-        self.result, self._works, self._reads = result, works, reads
+        self.result, self._works, self._reads, self.what = result, works, reads, what
 
     def wait(self) -> Tensor:
         """The complete result. On a GPU the current stream waits and the host goes on."""
@@ -48,7 +48,7 @@ def start_all_reduce_(x: Tensor, axis: Axis, keep: object = None) -> Pending:
     """Begin to sum over the axis, in place; `keep` is kept until that is done."""
     if axis.size == 1:
         return Pending(x)
-    return Pending(x, (dist.all_reduce(x, group=axis.group, async_op=True),), keep)
+    return Pending(x, (dist.all_reduce(x, group=axis.group, async_op=True),), keep, f"all_reduce over {axis.name}")
 
 
 def start_all_gather(x_tH: Tensor, axis: Axis, out_TH: Tensor | None = None) -> Pending:
@@ -58,7 +58,9 @@ def start_all_gather(x_tH: Tensor, axis: Axis, out_TH: Tensor | None = None) -> 
     x_tH = x_tH.contiguous()
     if out_TH is None:
         out_TH = x_tH.new_empty((x_tH.shape[0] * axis.size, *x_tH.shape[1:]))
-    return Pending(out_TH, (_all_gather(out_TH, x_tH, group=axis.group, async_op=True),), x_tH)
+    return Pending(
+        out_TH, (_all_gather(out_TH, x_tH, group=axis.group, async_op=True),), x_tH, f"all_gather over {axis.name}"
+    )
 
 
 def start_reduce_scatter(x_TH: Tensor, axis: Axis, out_tH: Tensor | None = None) -> Pending:
@@ -68,7 +70,12 @@ def start_reduce_scatter(x_TH: Tensor, axis: Axis, out_tH: Tensor | None = None)
     x_TH = x_TH.contiguous()
     if out_tH is None:
         out_tH = x_TH.new_empty((x_TH.shape[0] // axis.size, *x_TH.shape[1:]))
-    return Pending(out_tH, (_reduce_scatter(out_tH, x_TH, group=axis.group, async_op=True),), x_TH)
+    return Pending(
+        out_tH,
+        (_reduce_scatter(out_tH, x_TH, group=axis.group, async_op=True),),
+        x_TH,
+        f"reduce_scatter over {axis.name}",
+    )
 
 
 def all_gather(x_tH: Tensor, axis: Axis) -> Tensor:

@@ -12,6 +12,7 @@ where one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) runs the collectives of
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -44,7 +45,7 @@ class FlatBuffers:
         self, chunks: Sequence[nn.Module], mesh: Mesh, tied: bool, cfg: ParallelConfig,
         wire: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        self.mesh, self.cfg, self.wire = mesh, cfg, wire
+        self.mesh, self.tied, self.cfg, self.wire = mesh, tied, cfg, wire
         named = list(sharded_parameters(*chunks))
         is_alone = mesh.replicas.size == 1
         self.buckets, self.segments = lay_out([named] if is_alone else group(named, cfg.ddp_bucket_size), mesh)
@@ -62,20 +63,21 @@ class FlatBuffers:
         self._stream = torch.cuda.Stream() if is_chained else None
         self._partial = self._owned_views([s for s in self.segments if s.shard.is_partial])
         self._tied = self._owned_views([s for s in self.segments if tied and s.name == WORD])
-        for segment in self.segments:
-            self._adopt(segment)
+        self._copied = self._owned_views([s for s in self.segments if s.shard.is_copied])
+        for _, parts in itertools.groupby(self.segments, key=lambda s: id(s.parameter)):
+            self._adopt(list(parts))
         if cfg.overlap_param_gather and mesh.shards.size > 1:
             for chunk in chunks:
                 self._wait_before_use(chunk)
 
-    def _adopt(self, segment: Segment) -> None:
+    def _adopt(self, parts: Sequence[Segment]) -> None:
         """Move a parameter into the buffer and give it its gradient."""
-        parameter = segment.parameter
-        view = self.params[segment.begin : segment.end].view_as(parameter)
+        parameter, flat = parts[0].parameter, slice(parts[0].begin, parts[-1].end)
+        view = self.params[flat].view_as(parameter)
         view.copy_(parameter.detach())
         parameter.data = view
-        main_grad = self.grads[segment.begin : segment.end].view_as(parameter)
-        grad_added = self._counter(segment.bucket)
+        main_grad = self.grads[flat].view_as(parameter)
+        grad_added = self._counter(parts[0].bucket)
         parameter.main_grad = main_grad  # type: ignore[attr-defined]
         parameter.grad_added = grad_added  # type: ignore[attr-defined]
 
@@ -99,7 +101,7 @@ class FlatBuffers:
         self._reductions = []
         self._missing = [0] * len(self.buckets)
         for segment in self.segments:
-            if segment.parameter.requires_grad:
+            if segment.parameter.requires_grad and segment.shard.row == 0:
                 self._missing[segment.bucket.number] += num_microbatches
 
     def _counter(self, bucket: Bucket) -> Callable[[], None]:
@@ -144,6 +146,7 @@ class FlatBuffers:
                     self.owned_grads[bucket.owned].copy_(part)
             self._reductions = []
         _sum_together(self._partial, self.mesh.tp)
+        _sum_together(self._copied, self.mesh.kv)
         _sum_together(self._tied, self.mesh.embedding)
         return self.owned_grads
 

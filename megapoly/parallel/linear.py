@@ -27,7 +27,10 @@ Remake = Callable[[], Tensor]  # computes a layer's input again where it is not 
 
 
 def _weight_gradient(weight: nn.Parameter, dy_TN: Tensor, x: Callable[[], Tensor], place: Placement) -> Tensor | None:
-    """dy^T x: None where the weight has a main_grad, to which it is added now or when the queue is run."""
+    """dy^T x: None where the weight has a main_grad, to which it is added now or when the queue is run.
+
+    Not in FP8: its products cannot be added to an fp32 matrix, and would need both operands once more, transposed.
+    """
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return torch.mm(dy_TN.t(), x()).view(weight.shape)
@@ -77,7 +80,7 @@ class _ColumnParallel(torch.autograd.Function):
         dy_TN, weight, place = grads[0], ctx.weight, ctx.place
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         x = _whole_input(ctx) if needs_weight else None
-        dx = summed_product(dy_TN, weight.flatten(0, -2), place) if needs_x else None
+        dx = summed_product(dy_TN, weight.flatten(0, -2), place, is_gradient=True) if needs_x else None
         dweight = None if x is None else _weight_gradient(weight, dy_TN, x, place)
         dbias = _bias_gradient(ctx.bias, dy_TN) if needs_bias else None
         return None if dx is None else dx.wait(), dweight, dbias, None, None
@@ -108,7 +111,7 @@ class _RowParallel(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dx_Tk = dweight = None
         if needs_x or needs_weight:
-            dx_Tk, dy_TN = gathered_product(dy_tN, weight, place, keeps=needs_weight)
+            dx_Tk, dy_TN = gathered_product(dy_tN, weight, place, is_gradient=True, keeps=needs_weight)
         if needs_weight:
             x_Tk = _kept_input(ctx)
             assert dy_TN is not None
@@ -150,16 +153,19 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with W split by output features: the output is this rank's features of all tokens.
 
     `shape` is W's whole shape; all its dimensions but the last are output dimensions, and `dim` is the one that is
-    split (its size with padding is `padded`).
+    split (its size with padding is `padded`). `copied` is as in sharded_parameter.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dim: int, place: Placement, *, bias: bool, padded: int | None = None
-    ) -> None:
+        self, shape: tuple[int, ...], dim: int, place: Placement, *, bias: bool, padded: int | None = None,
+        copied: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.place = place
-        self.weight = sharded_parameter(shape, dim, place, "normal", padded=padded)
-        self.bias = sharded_parameter(shape[:-1], dim, place, "zeros", padded=padded) if bias else None
+        self.weight = sharded_parameter(shape, dim, place, "normal", padded=padded, copied=copied)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = sharded_parameter(shape[:-1], dim, place, "zeros", padded=padded, copied=copied)
 
     def forward(self, x_tH: Tensor, skip_bias_add: bool = False, remake: Remake | None = None) -> Tensor:
         """x_tH [tokens of this rank, in] -> [all tokens, *local output dimensions].

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megapoly.errors import ConfigError
-from megapoly.sections import ParallelConfig
+from megapoly.sections import Config, ParallelConfig
+
+HOST_SETTINGS = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "TORCH_NCCL_")
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,26 @@ class Axis:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; data parallel takes what tp x cp x pp leaves of the world."""
+    """Sizes of the axes; data parallel takes what tp x cp x pp leaves of the world. `kv` lies within tp."""
 
     tp: int = 1
     cp: int = 1
     pp: int = 1
     instances: int = 1
     shares_vocab: bool = False
+    kv: int = 1
 
     @classmethod
-    def of(cls, cfg: ParallelConfig) -> "Layout":
+    def of(cls, cfg: Config) -> "Layout":
         """As the configuration says."""
+        p = cfg.parallel
         return cls(
-            cfg.tensor_model_parallel_size,
-            cfg.context_parallel_size,
-            cfg.pipeline_model_parallel_size,
-            cfg.num_distributed_optimizer_instances,
-            cfg.pipeline_vocab_parallel,
+            p.tensor_model_parallel_size,
+            p.context_parallel_size,
+            p.pipeline_model_parallel_size,
+            p.num_distributed_optimizer_instances,
+            p.pipeline_vocab_parallel,
+            max(p.tensor_model_parallel_size // cfg.model.num_kv_heads, 1),
         )
 
     @property
@@ -69,7 +75,8 @@ class Mesh:
 
     `replicas` is dp x cp: the ranks that hold the same parameters. It is `shards` x `instances`: optimizer state is
     sharded over `shards` and repeated over `instances`. `embedding` joins first and last pipeline rank (tied matrices),
-    `vocab` is pp x tp where the head is shared among pipeline ranks, else tp.
+    `vocab` is pp x tp where the head is shared among pipeline ranks, else tp. `kv` joins the tensor-parallel ranks that
+    hold the same key/value head, where there are more ranks than heads.
     """
 
     device: torch.device
@@ -83,6 +90,7 @@ class Mesh:
     instances: Axis
     embedding: Axis
     vocab: Axis
+    kv: Axis
 
     @property
     def is_main(self) -> bool:
@@ -129,6 +137,32 @@ def check_devices(cfg: ParallelConfig) -> None:
             )
 
 
+def prepare_host(cfg: ParallelConfig) -> None:
+    """Choose, where the user has not, how the host drives its GPUs; CUDA reads it once, when it starts."""
+    settings = {"TORCH_NCCL_HIGH_PRIORITY": "1"}  # a collective's few blocks run before those of a matrix product
+    if cfg.tensor_model_parallel_size > 1 or cfg.context_parallel_size > 1:
+        # One queue: kernels start in the order of issue, a collective before the product that hides it.
+        settings["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def describe_host(device: torch.device) -> str:
+    """One line on what this host's ranks run with, settings of the user and our own alike."""
+    words = [f"{local_world_size()} ranks on {socket.gethostname()}", f"{torch.get_num_threads()} CPU threads a rank"]
+    if device.type == "cuda":
+        words += [torch.cuda.get_device_name(device), "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))]
+        words += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(HOST_SETTINGS)]
+    return f"host: {', '.join(words)}"
+
+
+def launcher_store() -> dist.Store:
+    """A connection of its own to the store of the ranks' rendezvous, in a namespace of this attempt."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"megapoly/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def die_with_launcher() -> None:
     """Have the kernel end this worker when its launcher is gone (Linux): orphans would go on writing to the run."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -136,16 +170,17 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def init_mesh(cfg: ParallelConfig) -> Mesh:
+def init_mesh(cfg: Config) -> Mesh:
     """Join the process group, split it into axes, and let each talk once before the first step."""
     device = torch.device("cpu")
-    if torch.cuda.is_available() and cfg.distributed_backend != "gloo":
+    if torch.cuda.is_available() and cfg.parallel.distributed_backend != "gloo":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     if world_size() == 1:
         return single_process_mesh(device)
-    timeout = timedelta(minutes=cfg.distributed_timeout_minutes)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=max(timeout, timedelta(minutes=1)))  # ranks do not start at once
     mesh = make_mesh(Layout.of(cfg), device, timeout)
     for axis in mesh.axes:
         if axis.group is not None:  # NCCL wants all of a group's ranks in its first operation, which a send is not
@@ -172,7 +207,7 @@ def make_mesh(layout: Layout, device: torch.device, timeout: timedelta = timedel
     def axis(name: str, ranks: torch.Tensor) -> Axis:
         lines = tuple(map(tuple, ranks.flatten(0, -2).tolist()))
         if len(lines[0]) > 1 and lines not in groups:  # every rank takes part in making every group
-            groups[lines] = [dist.new_group(line, timeout=timeout) for line in lines]
+            groups[lines] = [dist.new_group(line, timeout=timeout, group_desc=name) for line in lines]
         for number, line in enumerate(lines):
             if len(line) > 1 and dist.get_rank() in line:
                 return Axis(name, line.index(dist.get_rank()), len(line), groups[lines][number])
@@ -190,6 +225,7 @@ def make_mesh(layout: Layout, device: torch.device, timeout: timedelta = timedel
         instances=axis("instances", parts_PTIS.transpose(2, 3)),
         embedding=axis("embedding", ends_PDCT.permute(1, 2, 3, 0)),
         vocab=axis("vocab", vocab),
+        kv=axis("kv", ranks_PDCT.unflatten(3, (-1, layout.kv))),
     )
 
 

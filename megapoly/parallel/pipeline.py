@@ -19,8 +19,10 @@ from megapoly.parallel.timeline import Transfer, planned
 from megapoly.parallel.weight_gradients import WeightGradients
 
 # Forward of a micro-batch through a chunk: (chunk, number, activations from the global stage before or None) -> the
-# activations for the next one or, on the last, the scalar to be minimised.
+# activations for the next one or, on the last, the scalar to be minimised; where the head is shared, what enters it.
 StageForward = Callable[[int, int, Tensor | None], Tensor]
+# The shared head of a micro-batch, there and back: (number, what enters it) -> that one's gradient, if there are any.
+HeadPass = Callable[[int, Tensor], Tensor | None]
 
 
 class Program(NamedTuple):
@@ -33,16 +35,18 @@ class Program(NamedTuple):
 class Pipeline:
     """Runs a schedule over the pipeline axis.
 
-    Activations between stages have one shape, [tokens of this rank, hidden], and the residual stream's type.
+    Activations between stages have one shape, [tokens of this rank, hidden], and the residual stream's type; what
+    enters a head that all ranks share has `head_dtype`.
     """
 
     def __init__(
         self, pp: Axis, schedule: str, placement: Placement, shape: tuple[int, int], dtype: torch.dtype,
-        device: torch.device, weight_gradients: WeightGradients,
+        device: torch.device, weight_gradients: WeightGradients, head_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.pp, self.schedule, self.placement = pp, schedule, placement
-        self.shape, self.dtype, self.device = shape, dtype, device
+        self.shape, self.dtype, self.head_dtype, self.device = shape, dtype, head_dtype, device
         self.weight_gradients = weight_gradients
+        self.last_rank = placement.owner(placement.last)[0]
         self._programs: dict[tuple[int, bool], Program] = {}
 
     def program(self, microbatches: int, backward: bool) -> Program:
@@ -55,13 +59,20 @@ class Pipeline:
             self._programs[microbatches, backward] = Program(lists[rank], planned(lists, self.placement)[rank])
         return self._programs[microbatches, backward]
 
-    def run(self, microbatches: int, forward: StageForward) -> None:
-        """Take all micro-batches through the pipeline; gradients, where enabled, accumulate in the parameters."""
+    def run(self, microbatches: int, forward: StageForward, head: HeadPass | None = None) -> None:
+        """Take all micro-batches through the pipeline; gradients, where enabled, accumulate in the parameters.
+
+        `head` is for schedules in which all ranks share it.
+        """
         program = self.program(microbatches, torch.is_grad_enabled())
         mail, passes = _Mail(self), _Passes(forward, self.weight_gradients)
         for action, transfers in zip(program.actions, program.gaps, strict=False):
             mail.exchange(transfers)
-            mail.send(action, passes.run(action, mail.take(action)))
+            if action.kind == "H":
+                assert head is not None
+                mail.give(action.microbatch, head(action.microbatch, mail.share(action.microbatch)))
+            else:
+                mail.send(action, passes.run(action, mail.take(action)))
         mail.exchange(program.gaps[-1])
         mail.finish()
 
@@ -81,9 +92,8 @@ class _Passes:
         if action.kind == "F":
             return self._forward(action, taken)
         if action.kind == "W":
-            with torch.no_grad():  # as in a backward pass
-                for compute in self._weights.pop(key):
-                    compute()
+            for compute in self._weights.pop(key):
+                compute()
             return None
         if action.kind == "B":
             torch.autograd.backward((self._outputs.pop(key),), (taken,))
@@ -111,6 +121,7 @@ class _Mail:
         self._made: dict[Message, Tensor] = {}
         self._came: dict[Message, tuple[Tensor, dist.Work | None]] = {}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._ends: dict[int, Tensor] = {}  # what enters a shared head, and then its gradient, on the last stage
 
     def exchange(self, transfers: list[Transfer]) -> None:
         """Post a gap's sends and receives in one batch."""
@@ -134,10 +145,13 @@ class _Mail:
 
     def send(self, action: Action, made: Tensor | None) -> None:
         """Have what an action made go to its target: in the next exchange, or at once to a chunk of this rank."""
+        if made is None:
+            return
         message = self.pipeline.placement.sent(self.rank, action)
         if message is None:
+            if self.pipeline.head_dtype is not None:
+                self._ends[action.microbatch] = made
             return
-        assert made is not None
         if message.target == self.rank:
             self._came[message] = made, None
         else:
@@ -147,11 +161,26 @@ class _Mail:
         """What an action takes, once it is there."""
         message = self.pipeline.placement.taken(self.rank, action)
         if message is None:
-            return None
+            return None if action.kind == "F" else self._ends.pop(action.microbatch, None)
         tensor, work = self._came.pop(message)
         if work is not None:
             work.wait()
         return tensor
+
+    def share(self, microbatch: int) -> Tensor:
+        """What enters the head, from the last stage to all ranks."""
+        p = self.pipeline
+        tensor = self._ends.pop(microbatch, None)
+        if tensor is None:
+            tensor = torch.empty(p.shape, dtype=p.head_dtype, device=p.device)
+        if p.pp.group is not None:
+            dist.broadcast(tensor, group=p.pp.group, group_src=p.last_rank)
+        return tensor
+
+    def give(self, microbatch: int, gradient: Tensor | None) -> None:
+        """Begin the last stage's backward with the head's gradient."""
+        if gradient is not None and self.rank == self.pipeline.last_rank:
+            self._ends[microbatch] = gradient
 
     def finish(self) -> None:
         """Let the last sends go."""

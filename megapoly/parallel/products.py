@@ -9,26 +9,36 @@ import torch
 from torch import Tensor
 
 from megapoly.parallel.collectives import Pending, start_all_gather, start_all_reduce_, start_reduce_scatter
+from megapoly.parallel.fp8 import fp8_product
 from megapoly.parallel.tensor import Placement
 
 CHUNKS = 4
 
 
-def _product(a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
+def _product(
+    a_TK: Tensor, b_KN: Tensor, place: Placement, bias_N: Tensor | None = None, is_gradient: bool = False
+) -> Tensor:
+    if place.fp8:
+        return fp8_product(a_TK, b_KN, bias_N, is_gradient=is_gradient)
     return torch.mm(a_TK, b_KN) if bias_N is None else torch.addmm(bias_N, a_TK, b_KN)
 
 
 def gathered_product(
-    a_tK: Tensor, b_KN: Tensor, place: Placement, bias_N: Tensor | None = None, *, keeps: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """(a b + bias, a) of all tokens, which come together under sequence parallel; with `keeps` a is never None."""
+    a_tK: Tensor, b_KN: Tensor, place: Placement, bias_N: Tensor | None = None, *, is_gradient: bool = False,
+    keeps: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(a b + bias, a) of all tokens, which come together under sequence parallel; with `keeps` a is never None.
+
+    `is_gradient`: a is a gradient, which FP8 treats in another way.
+    """
     if not place.sequence_parallel:
-        return _product(a_tK, b_KN, bias_N), a_tK
+        return _product(a_tK, b_KN, place, bias_N, is_gradient), a_tK
     if not place.overlaps_chunks:
         a_TK = start_all_gather(a_tK, place.tp).wait()
-        return _product(a_TK, b_KN, bias_N), a_TK
+        return _product(a_TK, b_KN, place, bias_N, is_gradient), a_TK
     ranks, tokens = place.tp.size, len(a_tK)
-    y_RtN = a_tK.new_empty((ranks, tokens, b_KN.shape[1]))
+    y_TN = a_tK.new_empty((ranks * tokens, b_KN.shape[1]))  # no view: attention may rotate it in place
+    y_RtN = y_TN.unflatten(0, (ranks, tokens))
     a_RtK = a_tK.new_empty((ranks, *a_tK.shape)) if keeps else None
     b_RKN = b_KN.expand(ranks, -1, -1)
     spans = _spans(tokens)
@@ -43,15 +53,15 @@ def gathered_product(
             torch.baddbmm(bias_N, a_RnK, b_RKN, out=y_RtN[:, span])
         if a_RtK is not None:
             a_RtK[:, span] = a_RnK
-    return y_RtN.flatten(0, 1), None if a_RtK is None else a_RtK.flatten(0, 1)
+    return y_TN, None if a_RtK is None else a_RtK.flatten(0, 1)
 
 
-def summed_product(a_Tk: Tensor, b_kN: Tensor, place: Placement) -> Pending:
+def summed_product(a_Tk: Tensor, b_kN: Tensor, place: Placement, *, is_gradient: bool = False) -> Pending:
     """a b on its way to being summed over the ranks, under sequence parallel for this rank's tokens."""
     if not place.sequence_parallel:
-        return start_all_reduce_(torch.mm(a_Tk, b_kN), place.tp)
+        return start_all_reduce_(_product(a_Tk, b_kN, place, is_gradient=is_gradient), place.tp)
     if not place.overlaps_chunks:
-        return start_reduce_scatter(torch.mm(a_Tk, b_kN), place.tp)
+        return start_reduce_scatter(_product(a_Tk, b_kN, place, is_gradient=is_gradient), place.tp)
     ranks, tokens = place.tp.size, len(a_Tk) // place.tp.size
     y_tN = a_Tk.new_empty((tokens, b_kN.shape[1]))
     a_Rtk, b_RkN = a_Tk.unflatten(0, (ranks, -1)), b_kN.expand(ranks, -1, -1)

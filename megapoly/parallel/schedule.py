@@ -1,7 +1,8 @@
 """Pipeline schedules as data: each rank's list of actions, a pure function of (rank, stages, chunks, micro-batches).
 
 A rank holds `chunks` parts of the model, so the model has stages x chunks parts in a row, its global stages. Kinds of
-actions: F forward, B the whole backward, or in its place I, the input's gradient, and later W, that of the weights.
+actions: F forward, B the whole backward, or in its place I, the input's gradient, and later W, that of the weights; H
+is a rank's part of the head and its loss, there and back, where all ranks share them and do it together.
 """
 
 from collections import Counter
@@ -10,8 +11,11 @@ from typing import Literal, NamedTuple, cast
 
 from megapoly.errors import ConfigError
 
-Kind = Literal["F", "B", "I", "W"]
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+Kind = Literal["F", "H", "B", "I", "W"]
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "1f1b-vocab")
+
+
+_STEPS = {"F": 1, "B": -1, "I": -1}  # from stage to stage
 
 
 class ScheduleError(ConfigError, ValueError):
@@ -19,7 +23,7 @@ class ScheduleError(ConfigError, ValueError):
 
 
 class Action(NamedTuple):
-    """One pass of a micro-batch through a chunk of a rank: 'F', 'B', or 'I' and 'W' in place of 'B'."""
+    """One pass of a micro-batch through a chunk of a rank: 'F', 'B', or 'I' and 'W' in place of 'B'; or 'H'."""
 
     kind: Kind
     microbatch: int
@@ -48,12 +52,17 @@ class Placement(NamedTuple):
     folded: bool = False
 
     @property
+    def last(self) -> int:
+        """The last global stage; the first is 0."""
+        return self.stages * self.chunks - 1
+
+    @property
     def ends_apart(self) -> bool:
         """Whether the first and the last global stage are on different ranks."""
-        return self.owner(0)[0] != self.owner(self.stages * self.chunks - 1)[0]
+        return self.owner(0)[0] != self.owner(self.last)[0]
 
     def stage_of(self, rank: int, chunk: int) -> int:
-        """The global stage, from 0 to stages x chunks - 1."""
+        """The global stage of a chunk."""
         position = self.stages - 1 - rank if self.folded and chunk % 2 else rank
         return chunk * self.stages + position
 
@@ -62,33 +71,20 @@ class Placement(NamedTuple):
         chunk, position = divmod(stage, self.stages)
         return (self.stages - 1 - position if self.folded and chunk % 2 else position), chunk
 
-    def source(self, rank: int, action: Action) -> tuple[int, int] | None:
-        """The rank and chunk whose activations (of F) or gradients (of B, I) an action takes; None: it needs none."""
-        return self._neighbour(rank, action, {"F": -1, "B": 1, "I": 1})
-
-    def target(self, rank: int, action: Action) -> tuple[int, int] | None:
-        """The rank and chunk that take what an action makes; None: nobody."""
-        return self._neighbour(rank, action, {"F": 1, "B": -1, "I": -1})
-
     def taken(self, rank: int, action: Action) -> Message | None:
-        """The message that an action begins with, from another rank or from a chunk of this one."""
-        source = self.source(rank, action)
-        if source is None:
+        """The message that an action begins with, from another rank or from a chunk of this one; None: none."""
+        stage = self.stage_of(rank, action.chunk) - _STEPS.get(action.kind, self.last + 1)
+        if not 0 <= stage <= self.last:
             return None
-        return Message(source[0], rank, "F" if action.kind == "F" else "B", action.chunk, action.microbatch)
+        return Message(self.owner(stage)[0], rank, "F" if action.kind == "F" else "B", action.chunk, action.microbatch)
 
     def sent(self, rank: int, action: Action) -> Message | None:
-        """The message that an action ends in, to another rank or to a chunk of this one."""
-        target = self.target(rank, action)
-        if target is None:
+        """The message that an action ends in, to another rank or to a chunk of this one; None: none."""
+        stage = self.stage_of(rank, action.chunk) + _STEPS.get(action.kind, self.last + 1)
+        if not 0 <= stage <= self.last:
             return None
-        return Message(rank, target[0], "F" if action.kind == "F" else "B", target[1], action.microbatch)
-
-    def _neighbour(self, rank: int, action: Action, steps: dict[str, int]) -> tuple[int, int] | None:
-        if action.kind not in steps:
-            return None
-        stage = self.stage_of(rank, action.chunk) + steps[action.kind]
-        return self.owner(stage) if 0 <= stage < self.stages * self.chunks else None
+        target, chunk = self.owner(stage)
+        return Message(rank, target, "F" if action.kind == "F" else "B", chunk, action.microbatch)
 
 
 def placement_for(name: str, stages: int, chunks: int = 1) -> Placement:
@@ -103,7 +99,8 @@ def schedule_for(name: str, rank: int, stages: int, chunks: int, microbatches: i
         raise ScheduleError(f"rank ({rank}) must lie in 0 to {stages - 1}, one for each of {stages} stages")
     if name == "interleaved":
         return interleaved(rank, stages, chunks, microbatches)
-    return {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-v": zb_v}[name](rank, stages, microbatches)
+    made_by = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-v": zb_v, "1f1b-vocab": one_f_one_b_vocab}
+    return made_by[name](rank, stages, microbatches)
 
 
 def all_lists(name: str, stages: int, chunks: int, microbatches: int) -> list[list[Action]]:
@@ -113,7 +110,7 @@ def all_lists(name: str, stages: int, chunks: int, microbatches: int) -> list[li
 
 def forwards_of(lists: list[list[Action]]) -> list[list[Action]]:
     """The forwards of every rank in their order, for evaluation: they wait for nothing but forwards."""
-    return [[action for action in actions if action.kind == "F"] for actions in lists]
+    return [[action for action in actions if action.kind in "FH"] for actions in lists]
 
 
 def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> None:
@@ -125,7 +122,7 @@ def check_arguments(name: str, stages: int, chunks: int, microbatches: int) -> N
             raise ScheduleError(f"{what} ({number}) must be at least 1")
     if name == "zb-v" and chunks != 2:
         raise ScheduleError(f"chunks ({chunks}) must be 2 for zb-v, which folds the model once")
-    if name in ("gpipe", "1f1b", "zb-h1") and chunks != 1:
+    if name not in ("interleaved", "zb-v") and chunks != 1:
         raise ScheduleError(f"chunks ({chunks}) must be 1 for {name}; interleaved takes {chunks} chunks")
 
 
@@ -145,6 +142,21 @@ def one_f_one_b(rank: int, stages: int, microbatches: int) -> list[Action]:
     for i in range(ahead, microbatches):
         actions += [Action("F", i), Action("B", i - ahead)]
     return actions + [Action("B", i) for i in range(microbatches - ahead, microbatches)]
+
+
+def one_f_one_b_vocab(rank: int, stages: int, microbatches: int) -> list[Action]:
+    """1F1B with a head shared by all ranks (the idea of Yeung et al. 2024, arXiv 2411.05288), which meet in each H.
+
+    Between two H a rank has one forward and one backward to do. Neighbours do them in opposite order, so that a forward
+    gets through two ranks before the next H, and a backward, which takes longer, through one; then nobody waits for
+    another's pass. That takes half as many micro-batches again in flight as 1F1B.
+    """
+    after = stages - 1 - rank
+    actions = []
+    for turn in range(-(after // 2), microbatches + after + 1):
+        passes = [Action("B", turn - 1 - after), Action("F", turn + after // 2)]
+        actions += [Action("H", turn - 1), *(passes[::-1] if after % 2 else passes)]
+    return [action for action in actions if 0 <= action.microbatch < microbatches]
 
 
 def interleaved(rank: int, stages: int, chunks: int, microbatches: int) -> list[Action]:

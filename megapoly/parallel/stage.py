@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """A consecutive part of the model: layers first to end - 1, and whether it has embedding and head."""
+    """A consecutive part of the model: layers first to end - 1, and whether it has embedding and head.
+
+    `shares_head`: all ranks hold a part of the output matrix; the stage with the head ends in its norm.
+    """
 
     first_layer: int
     end_layer: int
     has_embedding: bool
     has_head: bool
+    shares_head: bool = False
 
     @property
     def layers(self) -> range:
@@ -63,8 +67,7 @@ def _best_split(
     return best[layers]
 
 
-def make_stage(split: Sequence[int], number: int) -> Stage:
+def make_stage(split: Sequence[int], number: int, shares_head: bool = False) -> Stage:
     """The global stage of that number under a split."""
     first = sum(split[:number])
-    is_last = number == len(split) - 1
-    return Stage(first, first + split[number], has_embedding=number == 0, has_head=is_last)
+    return Stage(first, first + split[number], number == 0, number == len(split) - 1, shares_head)

@@ -18,11 +18,15 @@ from megapoly.parallel.weight_gradients import WeightGradients
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a rank's part of a parameter lies in the whole.
+    """Where a part of a rank's parameter lies in the whole.
 
     `shape` is the whole parameter without padding; along `dim` this rank holds entries `begin` to `end` of it, which
     may be fewer than its tensor has rows (the rest is padding, zero for ever). `is_partial`: each tensor-parallel rank
     has only a part of the gradient, to be summed over the axis. `init` is the name of the initial distribution.
+
+    A parameter has one shard, but where ranks share key/value heads, whose packed matrix has two: both lie in entry
+    `group` of the whole's dimension 0, and begin at index `row` of the tensor's dimension `dim`. `is_copied`: the other
+    ranks of the axis `kv` hold the same, each with a part of its gradient.
     """
 
     shape: tuple[int, ...]
@@ -31,18 +35,33 @@ class Shard:
     end: int
     init: str
     is_partial: bool = False
+    group: int | None = None
+    row: int = 0
+    is_copied: bool = False
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """First index of this part in every dimension of the whole."""
-        return tuple(self.begin if d == self.dim else 0 for d in range(len(self.shape)))
+        first = (self.group or 0, *(0 for _ in self.shape[1:]))
+        return tuple(self.begin if d == self.dim else first[d] for d in range(len(self.shape)))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of this part in every dimension, without padding."""
+        first = self.shape[0] if self.group is None else 1
+        return tuple(self.end - self.begin if d == self.dim else n for d, n in enumerate((first, *self.shape[1:])))
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """This part of the rank's tensor, without padding."""
+        return parameter if self.dim is None else parameter.narrow(self.dim, self.row, self.end - self.begin)
 
 
 @dataclass(frozen=True)
 class Placement:
     """How the modules of a rank are placed: their axes, type and device, and where their weight gradients go.
 
-    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives.
+    `overlaps_chunks`: under sequence parallel, products are cut into chunks that overlap with their collectives. `fp8`:
+    the products of linear layers are in FP8, those that give weight gradients apart.
     """
 
     tp: Axis
@@ -50,7 +69,9 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     cp: Axis = Axis("cp")
+    kv: Axis = Axis("kv")
     overlaps_chunks: bool = False
+    fp8: bool = False
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
 
@@ -62,38 +83,55 @@ def sharded_parameter(
     *,
     padded: int | None = None,
     is_partial: bool = False,
+    copied: int = 0,
 ) -> nn.Parameter:
-    """An empty parameter that holds this rank's part of `shape` along `dim`; `padded` is dim's size with padding."""
+    """An empty parameter that holds this rank's part of `shape` along `dim`; `padded` is dim's size with padding.
+
+    Where the ranks of the axis `kv` share an entry of dimension 0, each holds its part of dimension 1, and a copy of
+    that dimension's last `copied` entries.
+    """
+    if copied and place.kv.size > 1:
+        group, own = place.tp.rank // place.kv.size, (shape[1] - copied) // place.kv.size
+        begin, common = place.kv.rank * own, shape[1] - copied
+        shards = (
+            Shard(shape, 1, begin, begin + own, init, group=group),
+            Shard(shape, 1, common, shape[1], init, group=group, row=own, is_copied=True),
+        )
+        return _with_shards((1, own + copied, *shape[2:]), shards, place)
     if dim is None:
-        shard = Shard(shape, None, 0, 0, init, is_partial)
-        local = shape
-    else:
-        whole = padded or shape[dim]
-        if whole % place.tp.size:
-            raise ConfigError(f"tensor_model_parallel_size ({place.tp.size}) must divide a dimension of {whole}")
-        size = whole // place.tp.size
-        begin = min(place.tp.rank * size, shape[dim])
-        shard = Shard(shape, dim, begin, min(begin + size, shape[dim]), init, is_partial)
-        local = (*shape[:dim], size, *shape[dim + 1 :])
+        return _with_shards(shape, (Shard(shape, None, 0, 0, init, is_partial),), place)
+    whole = padded or shape[dim]
+    if whole % place.tp.size:
+        raise ConfigError(f"tensor_model_parallel_size ({place.tp.size}) must divide a dimension of {whole}")
+    size = whole // place.tp.size
+    begin = min(place.tp.rank * size, shape[dim])
+    shard = Shard(shape, dim, begin, min(begin + size, shape[dim]), init, is_partial)
+    return _with_shards((*shape[:dim], size, *shape[dim + 1 :]), (shard,), place)
+
+
+def _with_shards(local: tuple[int, ...], shards: tuple[Shard, ...], place: Placement) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(local, dtype=place.dtype, device=place.device))
-    parameter.shard = shard  # type: ignore[attr-defined]
+    parameter.shards = shards  # type: ignore[attr-defined]
     return parameter
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:
-    """The Shard that sharded_parameter gave to a parameter."""
-    shard: Shard = parameter.shard  # type: ignore[attr-defined]
+    """The Shard of a parameter that has one."""
+    (shard,) = parameter.shards  # type: ignore[attr-defined]
     return shard
 
 
-def sharded_parameters(*modules: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """(name, parameter, shard) of every parameter of some modules; tied and shared parameters come once."""
+Named = tuple[str, nn.Parameter, tuple[Shard, ...]]
+
+
+def sharded_parameters(*modules: nn.Module) -> Iterator[Named]:
+    """(name, parameter, shards) of every parameter of some modules; tied and shared parameters come once."""
     seen = set()
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter not in seen:
                 seen.add(parameter)
-                yield name, parameter, shard_of(parameter)
+                yield name, parameter, parameter.shards  # type: ignore[attr-defined]
 
 
 class VocabParallelEmbedding(nn.Module):

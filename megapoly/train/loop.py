@@ -8,8 +8,10 @@ from megapoly.checkpoint.save import save_checkpoint
 from megapoly.data.curriculum import describe, summary
 from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
+from megapoly.parallel.mesh import describe_host
+from megapoly.parallel.replicas import check_replicas
 from megapoly.train.metrics import Metrics, progress_line, say_validation
-from megapoly.train.setup import Run
+from megapoly.train.setup import Run, describe_pipeline
 from megapoly.train.step import evaluate, train_step
 
 
@@ -17,6 +19,7 @@ from megapoly.train.step import evaluate, train_step
 class Due:
     """What is to be done after a step."""
 
+    compare: bool
     report: bool
     evaluate: bool
     save: bool
@@ -33,7 +36,8 @@ class Due:
         leaves = every(train.exit_interval) and not is_last
         saves = is_last or leaves or every(train.save_interval)
         evaluates = bool(run.valid_loader.num_batches) and (is_last or every(train.eval_interval))
-        return Due(saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
+        compares = every(run.cfg.parallel.check_weight_hash_across_dp_replicas_interval)
+        return Due(compares, saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
 
 
 def train(run: Run) -> None:
@@ -52,6 +56,8 @@ def train(run: Run) -> None:
     for step in range(prepared.start_step + 1, prepared.num_steps + 1):
         metrics.add(step, train_step(run, step))
         due = Due.after(run, step)
+        if due.compare:
+            check_replicas(run.buffers, step)
         if due.report:
             row = metrics.read()
             seconds_per_step = 0.9 * seconds_per_step + 0.1 * row["seconds"] if seconds_per_step else row["seconds"]
@@ -87,11 +93,13 @@ def introduce(run: Run) -> None:
         f"{flops_per_token(cfg.model, p.vocab_size) / 1e9:.3g} GFLOP a token"
     )
     console.say(
-        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size} on {mesh.device.type}"
-        f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; layers per stage {run.layer_split}; "
-        f"batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
+        f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size}"
+        f"{f' x CP {mesh.cp.size}' if mesh.cp.size > 1 else ''} on {mesh.device.type}"
+        f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; "
+        f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
+    console.say(describe_host(mesh.device))
     console.say(describe(p.plan))
     if p.start_step:
         assert p.checkpoint is not None

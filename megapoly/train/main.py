@@ -17,11 +17,21 @@ from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
-from megapoly.parallel.mesh import Layout, check_devices, die_with_launcher, init_mesh, leave, local_rank, world_size
+from megapoly.parallel.failure import ending_together
+from megapoly.parallel.mesh import (
+    Layout,
+    check_devices,
+    die_with_launcher,
+    init_mesh,
+    leave,
+    local_rank,
+    prepare_host,
+    world_size,
+)
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
-from megapoly.train.setup import build_run, check_agreement, layer_split, only_writer
+from megapoly.train.setup import build_run, check_agreement, describe_pipeline, only_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +86,18 @@ def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
 def dry_run(prepared: Prepared, world: int) -> None:
     """Print the resolved configuration, counts, curriculum and memory."""
     cfg, m = prepared.cfg, prepared.cfg.model
-    layout = Layout.of(cfg.parallel)
+    layout = Layout.of(cfg)
     tp, pp, dp = layout.tp, layout.pp, world // layout.model
     count = num_parameters(m, prepared.vocab_size)
-    split = layer_split(cfg, prepared.vocab_size)
+    pipeline = describe_pipeline(cfg, prepared.vocab_size, dp)
     print(cfg.to_yaml())
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
-    print(f"layout: TP {tp} x PP {pp} x DP {dp}; layers per stage {split}; {prepared.num_steps:,} steps")
-    # bf16: 2 bytes of parameters beside 12 of master and moments; fp32: the parameters are the master.
-    width, sharded = (2, 12) if cfg.precision.bf16 else (4, 8)
-    state = (width + 4 + sharded / dp) * count / (tp * pp)
+    shared = f" x CP {layout.cp}" if layout.cp > 1 else ""
+    print(f"layout: TP {tp} x PP {pp} x DP {dp}{shared}; {pipeline}; {prepared.num_steps:,} steps")
+    width, shards = 2 if cfg.precision.bf16 else 4, world // (tp * pp * layout.instances)
+    # Two moments; master weights, unless they are the parameters; the sum of the gradients, unless it stays in place.
+    sharded = 8 + 4 * (width == 2 or shards > 1) + 4 * (shards > 1)
+    state = (width + 4 + sharded / shards) * count / (tp * pp)
     print(f"memory a rank for parameters, fp32 gradients and optimizer state: about {state / 2**30:.2f} GiB")
     print(describe(prepared.plan))
 
@@ -101,8 +113,9 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         parallel = cfg.parallel
         world = world_size()
         if asked.is_dry_run and world == 1:  # without a launcher: the smallest world that the layout fits
-            world = Layout.of(parallel).model
+            world = Layout.of(cfg).model
         else:
+            prepare_host(parallel)
             check_devices(parallel)
             is_on_gpu = torch.cuda.is_available() and parallel.distributed_backend != "gloo"
             choose_backends(cfg.precision, torch.device("cuda" if is_on_gpu else "cpu"))
@@ -122,11 +135,12 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
                 )
             return
         die_with_launcher()
-        mesh = init_mesh(parallel)
+        mesh = init_mesh(cfg)
         is_joined = True  # from here on a rank may meet what the others do not
-        check_agreement(prepared, mesh)
-        with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
-            train(build_run(prepared, mesh))
+        with ending_together(mesh, parallel.distributed_timeout_minutes):
+            check_agreement(prepared, mesh)
+            with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
+                train(build_run(prepared, mesh))
         leave(mesh)
 
     exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()

@@ -17,6 +17,7 @@ from megapoly.errors import ConfigError
 from megapoly.log import Console
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import head_flops, layer_flops
+from megapoly.model.head import SharedHead
 from megapoly.model.init import initialize
 from megapoly.model.transformer import Transformer
 from megapoly.optim.groups import Rules
@@ -26,9 +27,10 @@ from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
 from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.rng import key
-from megapoly.parallel.schedule import placement_for
+from megapoly.parallel.schedule import all_lists, placement_for
 from megapoly.parallel.stage import Stage, make_stage, split_layers
 from megapoly.parallel.tensor import Placement
+from megapoly.parallel.timeline import Costs, simulate
 from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
 
@@ -74,12 +76,12 @@ class Run:
     mesh: Mesh
     console: Console
     chunks: list[Transformer]
+    head: SharedHead | None
     buffers: FlatBuffers
     optimizer: ShardedOptimizer
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
-    layer_split: list[int]
 
     @property
     def cfg(self) -> Config:
@@ -98,17 +100,34 @@ class Run:
             "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "data": self.prepared.data_hashes,
-            "layout": {"tp": self.mesh.tp.size, "pp": self.mesh.pp.size, "dp": self.mesh.dp.size},
+            "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
             "config": self.cfg.to_dict(),
         }
 
 
 def layer_split(cfg: Config, vocab_size: int) -> list[int]:
-    """Layers of each global stage: by hand where given, else by FLOPs with the head's counted."""
+    """Layers of each global stage: by hand where given, else by FLOPs with the head's counted, unless all share it."""
     if cfg.parallel.pipeline_layer_split is not None:
         return cfg.parallel.pipeline_layer_split
     costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
-    return split_layers(costs, 0.0, float(head_flops(cfg.model, vocab_size)), cfg.parallel.stages)
+    head = 0.0 if cfg.parallel.pipeline_vocab_parallel else float(head_flops(cfg.model, vocab_size))
+    return split_layers(costs, 0.0, head, cfg.parallel.stages)
+
+
+def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
+    """Schedule, layers of each stage, and the share of its time that a rank idles, as simulated from FLOPs."""
+    m, p, split = cfg.model, cfg.parallel, layer_split(cfg, vocab_size)
+    costs = [float(layers * layer_flops(m)) for layers in split]
+    head = head_flops(m, vocab_size)
+    whole = sum(costs) + head
+    costs[-1] += 0 if p.pipeline_vocab_parallel else head
+    shares = tuple(cost * p.pipeline_model_parallel_size / whole for cost in costs)
+    microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * dp)
+    lists = all_lists(p.schedule, p.pipeline_model_parallel_size, p.chunks, microbatches)
+    placement = placement_for(p.schedule, p.pipeline_model_parallel_size, p.chunks)
+    idle = simulate(lists, placement, Costs(shares=shares, head=3 * head / whole)).idle_share
+    chunks = f" of {p.chunks} chunks" if p.chunks > 1 else ""
+    return f"schedule {p.schedule}{chunks}, layers per stage {split}, {idle:.1%} idle (simulated)"
 
 
 def build_chunks(cfg: Config, vocab_size: int, stages: list[Stage], place: Placement) -> list[Transformer]:
@@ -128,17 +147,25 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
-        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, overlaps_chunks=cfg.parallel.tp_comm_overlap
-    )
+        mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, mesh.kv,
+        overlaps_chunks=cfg.parallel.tp_comm_overlap, fp8=cfg.precision.fp8_recipe is not None,
+    )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
-    stages = [make_stage(split, folding.stage_of(mesh.pp.rank, chunk)) for chunk in range(folding.chunks)]
+    numbers = [folding.stage_of(mesh.pp.rank, chunk) for chunk in range(folding.chunks)]
+    stages = [make_stage(split, number, cfg.parallel.pipeline_vocab_parallel) for number in numbers]
     chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
+    head = None
+    if cfg.parallel.pipeline_vocab_parallel:
+        head = SharedHead(cfg, prepared.vocab_size, mesh.vocab, place, chunks[0].backends)
+        initialize(head, cfg.train.seed)
     wire = torch.float32 if cfg.precision.accumulate_allreduce_grads_in_fp32 else torch.bfloat16
-    buffers = FlatBuffers(chunks, mesh, m.tied and folding.ends_apart, cfg.parallel, wire)
-    tokens = cfg.train.micro_batch_size * m.seq_length // (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    parts = chunks if head is None else [*chunks, head]
+    buffers = FlatBuffers(parts, mesh, m.tied and folding.ends_apart, cfg.parallel, wire)
+    shares = mesh.cp.size * (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
+    tokens = cfg.train.micro_batch_size * m.seq_length // shares
     pipeline = Pipeline(
         mesh.pp, cfg.parallel.schedule, folding, (tokens, m.hidden_size), chunks[0].residual_dtype, mesh.device,
-        place.weight_gradients,
+        place.weight_gradients, None if head is None else dtype,
     )  # fmt: skip
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     assert cfg.data.block_length is not None
@@ -147,12 +174,12 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         mesh=mesh,
         console=Console(mesh.is_main),
         chunks=chunks,
+        head=head,
         buffers=buffers,
         optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
-        layer_split=split,
     )
 
 

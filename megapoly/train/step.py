@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from megapoly.data.batch import Batch
+from megapoly.model.head import SharedHead
 from megapoly.model.loss import masked_losses
 from megapoly.model.transformer import Transformer
 from megapoly.optim.clip import clip_coefficient
 from megapoly.optim.schedule import learning_rate
 from megapoly.parallel.collectives import all_reduce_
+from megapoly.parallel.context import local_batch
 from megapoly.train.setup import Run, to_device
 
 
@@ -30,17 +32,14 @@ class StepStats:
 
 def train_step(run: Run, step: int) -> StepStats:
     """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
-    batches = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
+    whole = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
+    batches = [local_batch(batch, run.mesh.cp) for batch in whole]
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
-    all_reduce_(num_tokens, run.mesh.dp)
+    all_reduce_(num_tokens, run.mesh.replicas)
 
     run.buffers.begin(len(batches))
-
-    def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
-        return stage_forward(run, run.chunks[chunk], batches[i], hidden, num_tokens, by_source)
-
-    run.pipeline.run(len(batches), forward)
+    run_pipeline(run, batches, num_tokens, by_source)
     owned_grad = run.buffers.finish()
 
     grad_norm = run.optimizer.global_norm(owned_grad)
@@ -51,18 +50,36 @@ def train_step(run: Run, step: int) -> StepStats:
     return StepStats(sum_over_stages(run, by_source), grad_norm, params_norm, lr)
 
 
-def stage_forward(
-    run: Run, model: Transformer, batch: Batch, hidden: Tensor | None, num_tokens: Tensor, by_source: Tensor
+def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: Tensor) -> None:
+    """Micro-batches through the pipeline, and back where gradients are enabled; the last stage counts losses."""
+
+    def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
+        model = run.chunks[chunk]
+        output: Tensor = model(to_device(batches[i].tokens, run.mesh.device), hidden)
+        is_scored = model.stage.has_head and run.head is None
+        return objective_of(run, model, output, batches[i], num_tokens, by_source) if is_scored else output
+
+    def head(i: int, normed_tH: Tensor) -> Tensor | None:
+        assert run.head is not None
+        normed_TH = run.head(normed_tH).requires_grad_(torch.is_grad_enabled())
+        objective = objective_of(run, run.head, normed_TH, batches[i], num_tokens, by_source)
+        if not torch.is_grad_enabled():
+            return None
+        objective.backward()
+        return run.head.own(normed_TH.grad)
+
+    run.pipeline.run(len(batches), forward, head)
+
+
+def objective_of(
+    run: Run, model: Transformer | SharedHead, normed: Tensor, batch: Batch, num_tokens: Tensor, by_source: Tensor
 ) -> Tensor:
-    """A chunk's forward of a micro-batch; the last stage returns its part of the loss and counts it by source."""
-    tokens_BS = to_device(batch.tokens, run.mesh.device)
-    output = model(tokens_BS, hidden)
-    if not model.stage.has_head:
-        result: Tensor = output
-        return result
+    """What a micro-batch adds to the loss; the rank of the last stage counts its token losses by source."""
     mask_BS = to_device(batch.mask, run.mesh.device)
     labels_BS = to_device(batch.labels, run.mesh.device)
-    objective, losses_BS = masked_losses(model, output, labels_BS, mask_BS, num_tokens)
+    objective, losses_BS = masked_losses(model, normed, labels_BS, mask_BS, num_tokens)
+    if run.mesh.pp.rank != run.pipeline.last_rank:
+        return objective
     sources_B = to_device(batch.sources, run.mesh.device)
     is_of_source_NB = torch.arange(by_source.shape[1], device=run.mesh.device)[:, None] == sources_B
     by_source[0] += (is_of_source_NB * losses_BS.double().sum(1)).sum(1)  # index_add_ is not deterministic on a GPU
@@ -71,8 +88,8 @@ def stage_forward(
 
 
 def sum_over_stages(run: Run, by_source: Tensor) -> Tensor:
-    """Complete the per-source sums over data-parallel ranks, and bring them from the last stage to all."""
-    return all_reduce_(all_reduce_(by_source, run.mesh.dp), run.mesh.pp)
+    """Complete the per-source sums over data- and context-parallel ranks, and bring them from the last stage to all."""
+    return all_reduce_(all_reduce_(by_source, run.mesh.replicas), run.mesh.pp)
 
 
 @torch.no_grad()
@@ -81,10 +98,6 @@ def evaluate(run: Run) -> Tensor:
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     one = torch.ones((), device=run.mesh.device)
     for number in range(run.valid_loader.num_batches):
-        batches = run.valid_loader.batch(number)
-
-        def forward(chunk: int, i: int, hidden: Tensor | None, batches: list[Batch] = batches) -> Tensor:
-            return stage_forward(run, run.chunks[chunk], batches[i], hidden, one, by_source)
-
-        run.pipeline.run(len(batches), forward)
+        batches = [local_batch(batch, run.mesh.cp) for batch in run.valid_loader.batch(number)]
+        run_pipeline(run, batches, one, by_source)
     return sum_over_stages(run, by_source)

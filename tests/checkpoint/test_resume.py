@@ -13,6 +13,7 @@ from tiny_runs import tiny_config, tiny_prepared
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.generate.sample import load_model
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
@@ -44,22 +45,19 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "dp", "family", "bf16", "optimizer"),
-    [(2, 2, 2, "gpt2", False, "adam"), (1, 1, 2, "llama", True, "adam"), (2, 1, 2, "llama", True, "muon")],
+    ("tp", "pp", "dp", "family", "options"),
+    [
+        (2, 2, 2, "gpt2", {}),
+        (1, 1, 2, "llama", {"bf16": True}),
+        (1, 2, 1, "gpt2", {"bf16": True, "pipeline_schedule": "zb-v"}),
+        (2, 1, 2, "llama", {"bf16": True, "optimizer": "muon"}),
+    ],
 )
 def test_resume_is_bit_equal(
-    tp: int,
-    pp: int,
-    dp: int,
-    family: str,
-    bf16: bool,
-    optimizer: str,
-    tmp_path: Path,
+    tp: int, pp: int, dp: int, family: str, options: dict[str, Any], tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-) -> None:
-    layout = {
-        "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "bf16": bf16, "optimizer": optimizer,
-    }  # fmt: skip
+) -> None:  # fmt: skip
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **options}
     straight = tiny_config(tmp_path, family, STEPS, run_dir=str(tmp_path / "straight"), **layout)
     parts = {"run_dir": str(tmp_path / "parts"), **layout}
     expected = run_ranks(run_to_end, straight, tp=tp, pp=pp, dp=dp)[0]
@@ -101,6 +99,77 @@ def test_another_layout_loads_the_same_bits(layout: tuple[int, int, int], optimi
     loaded = run_ranks(load_state, other, tp=tp, pp=pp, dp=dp)[0]
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_another_schedule_loads_the_same_bits(family: str, tmp_path: Path) -> None:
+    """Saved from a folded model of two chunks, loaded by rounds, without chunks and by one rank, and back."""
+
+    def cfg(pp: int, schedule: str, chunks: int | None = None) -> Config:
+        return tiny_config(
+            tmp_path, family, 2, pipeline_model_parallel_size=pp, pipeline_schedule=schedule,
+            num_virtual_stages_per_pipeline_rank=chunks,
+        )  # fmt: skip
+
+    expected = run_ranks(run_to_end, cfg(2, "zb-v"), pp=2)[0]
+    for pp, schedule, chunks in ((2, "interleaved", 2), (3, "1f1b", 1), (1, "interleaved", 3), (2, "zb-v", 2)):
+        loaded = run_ranks(load_state, cfg(pp, schedule, chunks), pp=pp)[0]
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), (schedule, name)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "first", "then"),
+    [
+        (False, ((1, 1, 4, 2), 40_000), ((1, 2, 3, 1), 1)),
+        (True, ((2, 1, 2, 1), 1), ((1, 1, 4, 4), 40_000)),
+        (True, ((1, 2, 4, 2), 1 << 40), ((1, 1, 1, 1), 40_000)),
+        (False, ((1, 1, 1, 1), 1), ((2, 1, 4, 2), 40_000)),
+    ],
+)
+def test_neither_shards_nor_instances_nor_buckets_are_in_a_checkpoint(
+    bf16: bool, first: tuple, then: tuple, tmp_path: Path
+) -> None:
+    """Saved on one (tp, pp, dp, instances) and bucket size, loaded on another: the same bits, moments included."""
+
+    def on(layout: tuple[int, int, int, int], bucket_size: int) -> tuple[Config, dict[str, int]]:
+        tp, pp, dp, instances = layout
+        cfg = tiny_config(
+            tmp_path, "gpt2", 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, bf16=bf16,
+            num_distributed_optimizer_instances=instances, ddp_bucket_size=bucket_size, global_batch_size=12,
+        )  # fmt: skip
+        return cfg, {"tp": tp, "pp": pp, "dp": dp, "instances": instances}
+
+    cfg, ranks = on(*first)
+    expected = run_ranks(run_to_end, cfg, **ranks)[0]
+    assert all(tensor.any() for name, tensor in expected.items() if name.startswith("exp_avg_sq"))
+    cfg, ranks = on(*then)
+    for loaded in run_ranks(load_state, cfg, **ranks):
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("saves_shared", [True, False])
+def test_a_head_shared_by_pipeline_ranks_is_in_no_checkpoint(saves_shared: bool, tmp_path: Path) -> None:
+    def on(tp: int, pp: int, shares: bool) -> tuple[Config, dict[str, Any]]:
+        cfg = tiny_config(
+            tmp_path, "llama", 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            pipeline_vocab_parallel=shares,
+        )  # fmt: skip
+        return cfg, {"tp": tp, "pp": pp, "shares_vocab": shares}
+
+    cfg, ranks = on(2, 2, saves_shared)
+    expected = run_ranks(run_to_end, cfg, **ranks)[0]
+    assert expected["model.head.weight"].shape == (1003, 144)
+    for layout in ((1, 3, not saves_shared), (1, 1, False), (1, 2, True)):
+        cfg, ranks = on(*layout)
+        loaded = run_ranks(load_state, cfg, **ranks)[0]
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), name
+    assert load_model(CheckpointReader.open(tmp_path / "run")).head_weight.shape[0] >= 1003
 
 
 def test_padding_is_never_on_disk(tmp_path: Path) -> None:

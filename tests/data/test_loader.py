@@ -45,6 +45,20 @@ def test_a_step_has_the_same_samples_on_any_layout(data: tuple[Plan, list[TokenS
         assert rows_of(plan, streams, first, first + 8, mbs, dp) == expected
 
 
+def test_batches_do_not_depend_on_what_is_looked_up_at_once(
+    data: tuple[Plan, list[TokenStream]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [rows_of(*data, first, first + 8, 1, 2) for first in range(0, 152, 8)]
+    monkeypatch.setattr("megapoly.data.loader.WINDOW", 13)
+    loader = TrainLoader(*data, Deal(8, 1, 0, 1))
+    for number in [*range(19), 3, 4, 2]:  # forward, and back as after a change of the plan's place
+        rows = Counter(
+            (int(b.sources[0]), b.tokens.tobytes(), b.labels.tobytes())
+            for b in loader.batch(8 * number, 8 * number + 8)
+        )
+        assert rows == wanted[number]
+
+
 def test_the_last_batch_may_be_short(data: tuple[Plan, list[TokenStream]]) -> None:
     plan, streams = data
     assert rows_of(plan, streams, 16, 19, 1, 2).total() == 3

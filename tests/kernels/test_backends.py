@@ -20,8 +20,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_cpu_takes_the_references() -> None:
     chosen = choose({}, CPU)
-    assert (chosen.attention, chosen.norm, chosen.loss, chosen.adamw) == ("sdpa", "torch", "torch", "torch")
-    assert choose({"loss": "fused_linear"}, CPU).loss == "fused_linear"
+    assert (chosen.attention, chosen.norm, chosen.loss, chosen.adamw) == ("sdpa", "torch", "fused_linear", "torch")
+    assert choose({"loss": "torch"}, CPU).loss == "torch"
     assert chosen.describe().startswith("kernels: attention sdpa, norm torch,")
 
 

@@ -9,7 +9,7 @@ from megapoly_kernels.report import SHARED_LIMIT, Resources, compile_case
 from megapoly_kernels.shipped import CASES, Case
 
 Compiled = dict[tuple[str, int], "Future[list[Resources]]"]
-ATTENTION = [case for case in CASES if case.name.startswith("rotary_attention") and "fp32" not in case.name]
+ATTENTION = [case for case in CASES if "_attention" in case.name and "fp32" not in case.name]
 
 
 def compile_by_name(name: str, arch: int) -> list[Resources]:

@@ -41,7 +41,7 @@ def build(name: str, tp: Axis) -> Transformer:
 def test_published_parameter_counts(name: str) -> None:
     cfg = load_config(name)
     assert cfg.tokenizer.vocab_size is not None
-    shapes = {n: shard.shape for n, _, shard in sharded_parameters(build(name, Axis("tp")))}
+    shapes = {n: shard.shape for n, _, (shard,) in sharded_parameters(build(name, Axis("tp")))}
     assert sum(math.prod(shape) for shape in shapes.values()) == COUNTS[name]
     assert num_parameters(cfg.model, cfg.tokenizer.vocab_size) == COUNTS[name]
     assert dict(parameter_shapes(cfg.model, cfg.tokenizer.vocab_size)) == shapes
@@ -52,7 +52,7 @@ def test_shards_of_eight_ranks_make_up_the_whole(name: str) -> None:
     held = sum(
         shard.end - shard.begin if shard.dim is not None else int(rank == 0)
         for rank in range(8)
-        for n, _, shard in sharded_parameters(build(name, Axis("tp", rank, 8)))
+        for n, _, (shard,) in sharded_parameters(build(name, Axis("tp", rank, 8)))
         if n == "embedding.word.weight" or n == "layers.0.mlp.down.bias"
     )
     cfg = load_config(name)

@@ -142,7 +142,7 @@ def check_case(case: Case, tp: Axis) -> None:
             y.backward(dy)
         assert_near(x.grad, dxs[number][mine], case.dtype, (case, "dx"))
     assert mlp.num_remade == (2 * MICROBATCHES if case.is_remade else 0)
-    for name, parameter, shard in sharded_parameters(mlp):
+    for name, parameter, (shard,) in sharded_parameters(mlp):
         if case.has_main_grad:
             assert parameter.grad is None and counts[name] == MICROBATCHES, (case, name)
         got = (parameter.main_grad if case.has_main_grad else parameter.grad).float()

@@ -1,5 +1,6 @@
 """Which ranks stand in which group: Megatron-LM's order, and what every axis is for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megapoly.parallel.mesh import Axis, Layout, Mesh, make_mesh, single_process_mesh
+from megapoly.parallel.mesh import Axis, Layout, Mesh, make_mesh, prepare_host, single_process_mesh
+from megapoly.sections import ParallelConfig
 
 WORLD = 32
-LAYOUT = Layout(tp=2, cp=2, pp=2, instances=2, shares_vocab=True)
+LAYOUT = Layout(tp=2, cp=2, pp=2, instances=2, shares_vocab=True, kv=2)
 
 
 @pytest.fixture(params=[0, 5, 18, 31])
@@ -32,7 +34,7 @@ def test_neighbours_share_matrices_then_sequences_then_optimizer_state(mesh: Mes
         return ((p * 4 + d) * 2 + c) * 2 + t
 
     assert number() == rank
-    assert ranks(mesh.tp) == [number(t=i) for i in range(2)]
+    assert ranks(mesh.tp) == ranks(mesh.kv) == [number(t=i) for i in range(2)]
     assert ranks(mesh.cp) == [number(c=i) for i in range(2)]
     assert ranks(mesh.dp) == [number(d=i) for i in range(4)]
     assert ranks(mesh.pp) == ranks(mesh.embedding) == [number(p=i) for i in range(2)]
@@ -56,7 +58,17 @@ def test_axes_of_the_same_ranks_share_a_group() -> None:
         mesh = make_mesh(Layout(tp=2), torch.device("cpu"))
         assert mesh.dp.group is mesh.replicas.group is mesh.shards.group
         assert mesh.vocab.group is mesh.tp.group
-        assert [axis.name for axis in mesh.axes if axis.size == 1] == ["cp", "pp", "instances", "embedding"]
+        assert [axis.name for axis in mesh.axes if axis.size == 1] == ["cp", "pp", "instances", "embedding", "kv"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_tensor_parallel_neighbours_share_a_key_value_head() -> None:
+    dist.init_process_group("fake", rank=7, world_size=16, store=FakeStore())
+    try:
+        mesh = make_mesh(Layout(tp=8, kv=4), torch.device("cpu"))
+        assert ranks(mesh.kv) == [4, 5, 6, 7]
+        assert (mesh.tp.rank // mesh.kv.size, mesh.kv.rank) == (1, 3)  # the second head's last part of the queries
     finally:
         dist.destroy_process_group()
 
@@ -71,4 +83,16 @@ def test_a_middle_stage_has_no_embedding_partner() -> None:
 
 def test_one_process_needs_no_group() -> None:
     assert all(axis.size == 1 and axis.group is None for axis in single_process_mesh().axes)
-    assert len(single_process_mesh().axes) == 10
+    assert len(single_process_mesh().axes) == 11
+
+
+@pytest.mark.parametrize(("sizes", "chosen"), [({}, None), ({"tensor_model_parallel_size": 2}, "1")])
+def test_kernels_start_in_the_order_of_issue_where_tensor_parallel_needs_it(
+    sizes: dict[str, int], chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    prepare_host(ParallelConfig(**sizes))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == chosen
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "0"})
+    prepare_host(ParallelConfig(**sizes))
+    assert os.environ == {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "0"}

@@ -102,6 +102,64 @@ def test_larger_micro_batches_uneven_stages_and_a_short_last_batch(
     assert_same_training(together[0], alone)
 
 
+@pytest.mark.parametrize(
+    ("family", "tp", "pp", "dp", "schedule", "chunks"),
+    [
+        ("gpt2", 1, 2, 1, "interleaved", 2), ("gpt2", 2, 2, 1, "zb-v", None), ("gpt2", 1, 1, 2, "interleaved", 3),
+        ("llama", 1, 2, 2, "zb-h1", None), ("gpt_neox", 1, 3, 1, "gpipe", None), ("llama", 2, 2, 1, "interleaved", 2),
+        ("gpt_neox", 1, 2, 1, "zb-v", 2),
+    ],
+)  # fmt: skip
+def test_every_schedule_trains_like_one_process(
+    family: str, tp: int, pp: int, dp: int, schedule: str, chunks: int | None, folder: Path
+) -> None:
+    cfg = tiny_config(
+        folder, family, STEPS, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1, pipeline_schedule=schedule, num_virtual_stages_per_pipeline_rank=chunks,
+    )  # fmt: skip
+    for of_rank in run_ranks(steps_of, cfg, tp=tp, pp=pp, dp=dp):
+        assert_same_training(of_rank, reference(family, folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "pp", "dp", "loss_backend"),
+    [("llama", 1, 2, 1, "torch"), ("gpt_neox", 2, 2, 1, "torch"), ("llama", 1, 4, 1, "fused_linear"),
+     ("gpt_neox", 2, 2, 2, "fused_linear"), ("llama", 2, 4, 1, "fused_linear"), ("llama", 1, 1, 2, "fused_linear")],
+)  # fmt: skip
+def test_a_head_shared_by_all_pipeline_ranks_trains_like_one_process(
+    family: str, tp: int, pp: int, dp: int, loss_backend: str, folder: Path
+) -> None:
+    cfg = tiny_config(
+        folder, family, STEPS, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1, pipeline_vocab_parallel=True, loss_backend=loss_backend,
+    )  # fmt: skip
+    for of_rank in run_ranks(steps_of, cfg, tp=tp, pp=pp, dp=dp, shares_vocab=True):
+        assert_same_training(of_rank, reference(family, folder))
+
+
+def tied_matrix(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
+    """The first gradient of a tied matrix, and this rank's copy of it after two steps."""
+    run = tiny_run(mesh, cfg)
+    gradients = keep_first_gradients(run)
+    for step in (1, 2):
+        train_step(run, step)
+    held = [p for chunk in run.chunks for n, p in chunk.named_parameters() if n == "embedding.word.weight"]
+    assert all(copy is held[0] for copy in held), "one rank holds two"
+    return {"gradient": gradients["grad.embedding.word.weight"], "copies": [copy.detach() for copy in held[:1]]}
+
+
+@pytest.mark.parametrize(("pp", "schedule"), [(2, "1f1b"), (2, "interleaved"), (2, "zb-v"), (1, "interleaved")])
+def test_a_matrix_tied_across_stages_is_one(pp: int, schedule: str, folder: Path) -> None:
+    alone = run_ranks(tied_matrix, tiny_config(folder, "gpt2", STEPS))[0]
+    cfg = tiny_config(folder, "gpt2", STEPS, pipeline_model_parallel_size=pp, pipeline_schedule=schedule)
+    ranks = run_ranks(tied_matrix, cfg, pp=pp)
+    error = (ranks[0]["gradient"] - alone["gradient"]).norm() / alone["gradient"].norm()
+    assert error <= 1e-6
+    copies = [copy for of_rank in ranks for copy in of_rank["copies"]]
+    assert len(copies) == (1 if schedule == "zb-v" else pp)
+    assert all(torch.equal(copy, copies[0]) for copy in copies), "the copies drift apart"
+
+
 def test_the_reference_learns(folder: Path) -> None:
     losses = reference("gpt2", folder)["losses"]
     assert sum(losses[-5:]) < sum(losses[:5]) - 1.0, losses

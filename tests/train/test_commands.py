@@ -52,6 +52,7 @@ def test_torchrun_starts_the_script_and_a_second_start_knows_that_it_is_finished
     assert first.returncode == 0, first.stderr
     assert "no --config given: " in first.stdout and "tiny" in first.stdout
     assert first.stdout.count("kernels: attention sdpa, norm torch") == 1
+    assert first.stdout.count("host: 2 ranks on ") == 1
     assert "TP 1 x PP 1 x DP 2" in first.stdout and "starting run anew" in first.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["num_layers"] == 2
@@ -103,6 +104,36 @@ def test_workers_end_with_their_launcher(data: Path, tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.time() < deadline, "a worker outlived its launcher"
         time.sleep(0.2)
+
+
+FLIPS_A_BIT = """
+import pathlib, torch
+from megapoly.train import loop, main
+train_step = loop.train_step
+
+def flips(run, step):
+    stats = train_step(run, step)
+    run.buffers.wait_params()
+    if step == 2 and run.mesh.world.rank == 1:
+        run.buffers.params.view(torch.uint8)[5] ^= 8
+    return stats
+
+loop.train_step = flips
+main.main("tiny", "tiny", pathlib.Path("none"))
+"""
+
+
+def test_a_flipped_bit_ends_the_job_with_the_rank_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "flips.py").write_text(FLIPS_A_BIT)
+    words = [*flags(data, "run"), "--global-batch-size", "6", "--check-weight-hash-across-dp-replicas-interval", "2"]
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "3", "flips.py", *words]
+    done = run(command, tmp_path, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")
+    assert done.returncode != 0 and "exitcode  : 2 " in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert (
+        len(errors) == 1 and "after step 2 rank 1 differs from most of the 3 ranks that hold the same in" in errors[0]
+    )
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_bash_starts_the_same_file(data: Path, tmp_path: Path) -> None:
@@ -188,7 +219,7 @@ def bad_file(data: Path, folder: Path, damage: str) -> list[str]:
         ("key", "unknown key 'num_layer'; did you mean 'num_layers'"),
         ("flag", "unknown flag --micro-batch-sise; did you mean 'micro-batch-size'"),
         ("heads", "tensor_model_parallel_size (2) must divide num_attention_heads (3)"),
-        ("layers", "pipeline_model_parallel_size (2) must not exceed num_layers (1)"),
+        ("layers", "= 4 stages are too many for num_layers (1): only the first and the last may have none; pipeline_m"),
         (
             "world",
             "tensor_model_parallel_size (4) x pipeline_model_parallel_size (1) = 4 must divide the world size (2)",
@@ -215,7 +246,7 @@ def test_bad_input_ends_in_one_line_and_status_2_on_every_rank(
     elif name == "heads":
         words += ["--num-attention-heads", "3", "--hidden-size", "96", "--tensor-model-parallel-size", "2"]
     elif name == "layers":
-        words += ["--num-layers", "1", "--pipeline-model-parallel-size", "2"]
+        words += ["--num-layers", "1", "--pipeline-model-parallel-size", "4"]
     elif name == "world":
         words += ["--tensor-model-parallel-size", "4"]
     elif name == "backend":

@@ -1,0 +1,42 @@
+"""The output matrix where all pipeline ranks share it (vocabulary parallel; Yeung et al. 2024, arXiv 2411.05288)."""
+
+import dataclasses
+
+from megapoly_kernels import Backends
+from torch import Tensor, nn
+
+from megapoly.checks import padded_vocab_size
+from megapoly.parallel.collectives import all_gather
+from megapoly.parallel.linear import ColumnParallelLinear
+from megapoly.parallel.mesh import Axis
+from megapoly.parallel.tensor import Placement
+from megapoly.sections import Config
+
+
+class SharedHead(nn.Module):
+    """This rank's rows of the output matrix, split over `vocab`: the pipeline ranks x the tensor-parallel ranks.
+
+    Every rank computes the loss of its rows for all tokens, and each gets the whole gradient of what entered.
+    """
+
+    def __init__(self, cfg: Config, vocab_size: int, vocab: Axis, place: Placement, backends: Backends) -> None:
+        super().__init__()
+        self.m = cfg.model
+        self.tp = place.tp if place.sequence_parallel else Axis("tp")
+        self.place = dataclasses.replace(place, tp=vocab, sequence_parallel=False, overlaps_chunks=False)
+        self.backends = backends
+        padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, vocab.size)
+        self.head = ColumnParallelLinear((vocab_size, cfg.model.hidden_size), 0, self.place, bias=False, padded=padded)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """This rank's rows, [vocabulary rows, hidden]."""
+        return self.head.weight
+
+    def forward(self, normed_tH: Tensor) -> Tensor:
+        """Normed hidden states of this rank's tokens -> those of all tokens."""
+        return all_gather(normed_tH, self.tp)
+
+    def own(self, normed_TH: Tensor) -> Tensor:
+        """The part of all tokens that is this rank's; the reverse of forward."""
+        return normed_TH.chunk(self.tp.size)[self.tp.rank]
