@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megapoly.sections import Config, ModelConfig, ParallelConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 
 
 def _positive(**values: int | float | None) -> None:
@@ -286,6 +286,20 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
         )
 
 
+def check_precision(p: PrecisionConfig) -> None:
+    """Refuse two types of parameters at once, scales that cannot be, and softmax statistics that no kernel has."""
+    if p.fp16 and p.bf16:
+        raise ConfigError("fp16 and bf16 are both true: parameters have one type, turn one of them off")
+    if not p.attention_softmax_in_fp32:
+        raise ConfigError("attention_softmax_in_fp32 (false): the kernels keep softmax statistics in fp32 only")
+    _positive(loss_scale=p.loss_scale, initial_loss_scale=p.initial_loss_scale, min_loss_scale=p.min_loss_scale,
+              loss_scale_window=p.loss_scale_window, hysteresis=p.hysteresis)  # fmt: skip
+    if p.min_loss_scale > p.initial_loss_scale:
+        raise ConfigError(
+            f"min_loss_scale ({p.min_loss_scale}) must not exceed initial_loss_scale ({p.initial_loss_scale})"
+        )
+
+
 def check_compile(cfg: Config) -> None:
     """Refuse torch_compile where a captured block would leave out what an option asks for."""
     if not cfg.train.torch_compile:
@@ -305,6 +319,7 @@ def check(cfg: Config, world_size: int) -> int:
     """All checks of this file; returns the data-parallel size. Raises ConfigError with both numbers of a conflict."""
     check_model(cfg.model)
     check_training(cfg)
+    check_precision(cfg.precision)
     check_recompute(cfg.train)
     check_compile(cfg)
     dp = check_layout(cfg, world_size)

@@ -205,7 +205,7 @@ class PrecisionConfig:
     initial_loss_scale: float = option(2.0**32, "fp16: first dynamic scale")
     min_loss_scale: float = option(1.0, "fp16: the dynamic scale does not fall below this")
     loss_scale_window: int = option(1000, "fp16: steps without overflow after which the scale doubles")
-    hysteresis: int = option(2, "fp16: overflows before the scale is halved")
+    hysteresis: int = option(2, "fp16: overflows until the scale is halved")
     fp8_recipe: str | None = option(
         None, "FP8 in the GEMMs of the blocks (Hopper and later); one scale a tensor, taken when it is used",
         ("tensorwise",),
@@ -220,6 +220,11 @@ class PrecisionConfig:
     activation_backend: str = option("auto", "activation of the MLP", ("auto", "triton", "torch"))
     loss_backend: str = option("auto", "fused_linear: no logits are held", ("auto", "fused_linear", "triton", "torch"))
     adamw_backend: str = option("auto", "AdamW and global norms", ("auto", "triton", "torch"))
+
+    @property
+    def parameters(self) -> str:
+        """Type of the parameters, by torch's name for it."""
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Finding and reading checkpoints."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ _DECISIVE = (
     "num_layers hidden_size ffn_size num_attention_heads num_kv_heads head_dim position_embedding_type rotary_dim "
     "normalization norm_epsilon activation add_bias_linear parallel_residual tied width_multiple use_mup"
 ).split()
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STEP = re.compile(r"step_[0-9]{8,}")
 
 
@@ -71,8 +73,10 @@ class CheckpointReader:
             value = state.get(key) if isinstance(state, dict) else None
             if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
                 raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not a {kind.__name__} that can be")
-        if state.get("dtype") not in ("float32", "bfloat16"):
-            raise CheckpointError(f"{path}: entry 'dtype' is {str(state.get('dtype'))[:40]}, not float32 or bfloat16")
+        if state.get("dtype") not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: entry 'dtype' is {str(state.get('dtype'))[:40]}, not {' or '.join(_DTYPES)}"
+            )
         if _STEP.fullmatch(self.folder.name) and int(self.folder.name[5:]) != state["step"]:
             raise CheckpointError(f"{path}: entry 'step' is {state['step']}, the folder is {self.folder.name}")
         return dict(state)
@@ -115,7 +119,18 @@ class CheckpointReader:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters in training (the master weights on disk may be wider)."""
-        return torch.bfloat16 if self.state["dtype"] == "bfloat16" else torch.float32
+        return _DTYPES[self.state["dtype"]]
+
+    @property
+    def loss_scaler(self) -> dict[str, Any]:
+        """State of the loss scaler; no step was skipped where there is none."""
+        state = self.state.get("loss_scaler", {"skipped_steps": 0})
+        rule = {"scale": float, "good_steps": int, "overflows_left": int}
+        found = {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
+        is_sound = found in ({"skipped_steps": int}, {"skipped_steps": int} | rule)
+        if not is_sound or not 0 < state.get("scale", 1.0) < math.inf or not 0 <= state["skipped_steps"] <= self.step:
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'loss_scaler' is no state that can be")
+        return dict(state)
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -46,7 +46,9 @@ def train(run: Run) -> None:
     introduce(run)
     if prepared.checkpoint is not None:
         load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
-        run.optimizer.num_steps = prepared.start_step
+        if prepared.takes_full_state:
+            run.loss_scaler.restore(prepared.checkpoint.loss_scaler)
+        run.optimizer.num_steps = prepared.start_step - run.loss_scaler.skipped_steps
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:
         say_validation(console, metrics.validation(evaluate(run).tolist()))
@@ -89,7 +91,7 @@ def introduce(run: Run) -> None:
     console = run.console
     console.say(
         f"model: {num_parameters(cfg.model, p.vocab_size):,} parameters, {cfg.model.num_layers} layers x "
-        f"{cfg.model.hidden_size}, vocabulary {p.vocab_size:,}, {'bf16' if cfg.precision.bf16 else 'fp32'}; "
+        f"{cfg.model.hidden_size}, vocabulary {p.vocab_size:,}, {cfg.precision.parameters}; "
         f"{flops_per_token(cfg.model, p.vocab_size) / 1e9:.3g} GFLOP a token"
     )
     console.say(

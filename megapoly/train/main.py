@@ -94,7 +94,7 @@ def dry_run(prepared: Prepared, world: int) -> None:
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
     shared = f" x CP {layout.cp}" if layout.cp > 1 else ""
     print(f"layout: TP {tp} x PP {pp} x DP {dp}{shared}; {pipeline}; {prepared.num_steps:,} steps")
-    width, shards = 2 if cfg.precision.bf16 else 4, world // (tp * pp * layout.instances)
+    width, shards = 4 if cfg.precision.parameters == "float32" else 2, world // (tp * pp * layout.instances)
     # Two moments; master weights, unless they are the parameters; the sum of the gradients, unless it stays in place.
     sharded = 8 + 4 * (width == 2 or shards > 1) + 4 * (shards > 1)
     state = (width + 4 + sharded / shards) * count / (tp * pp)

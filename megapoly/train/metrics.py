@@ -81,6 +81,9 @@ class Metrics:
         ]
         seconds = (time.perf_counter() - self._clock) / len(values)
         self._rows = [self._row(*value, seconds) for value in values]
+        if self.run.cfg.precision.fp16:
+            for row, (_, s) in zip(self._rows, self._pending, strict=True):
+                row |= {"loss_scale": s.loss_scale, "skipped_steps": s.skipped_steps}
         self._pending.clear()
         return self._rows[-1]
 

@@ -78,7 +78,8 @@ def resolve(cfg: Config, has_cuda: bool) -> Config:
         cfg,
         data=dataclasses.replace(cfg.data, block_length=cfg.data.block_length or cfg.model.seq_length),
         precision=dataclasses.replace(
-            cfg.precision, bf16=is_on_gpu if cfg.precision.bf16 is None else cfg.precision.bf16
+            cfg.precision,
+            bf16=is_on_gpu and not cfg.precision.fp16 if cfg.precision.bf16 is None else cfg.precision.bf16,
         ),
         checkpoint=dataclasses.replace(cfg.checkpoint, save=cfg.checkpoint.save or str(run_dir / "checkpoints")),
         logging=dataclasses.replace(cfg.logging, log_interval=cfg.logging.log_interval or (10 if is_on_gpu else 1)),

@@ -21,6 +21,7 @@ from megapoly.model.head import SharedHead
 from megapoly.model.init import initialize
 from megapoly.model.transformer import Transformer
 from megapoly.optim.groups import Rules
+from megapoly.optim.loss_scale import LossScaler
 from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.gradients import FlatBuffers
@@ -79,6 +80,7 @@ class Run:
     head: SharedHead | None
     buffers: FlatBuffers
     optimizer: ShardedOptimizer
+    loss_scaler: LossScaler
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
@@ -97,7 +99,8 @@ class Run:
             "global_batch_size": self.cfg.train.global_batch_size,
             "lr_decay_iters": self.cfg.schedule.lr_decay_iters or self.prepared.num_steps,
             "vocab_size": self.prepared.vocab_size,
-            "dtype": str(self.buffers.params.dtype).removeprefix("torch."),
+            "dtype": self.cfg.precision.parameters,
+            "loss_scaler": self.loss_scaler.state(),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "data": self.prepared.data_hashes,
             "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
@@ -144,7 +147,7 @@ def build_chunks(cfg: Config, vocab_size: int, stages: list[Stage], place: Place
 def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     """Model, optimizer, pipeline and loaders of this rank; weights are drawn, no checkpoint is loaded yet."""
     cfg, m = prepared.cfg, prepared.cfg.model
-    dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
+    dtype = getattr(torch, cfg.precision.parameters)
     split = layer_split(cfg, prepared.vocab_size)
     place = Placement(
         mesh.tp, cfg.parallel.sequence_parallel, dtype, mesh.device, mesh.cp, mesh.kv,
@@ -177,6 +180,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         head=head,
         buffers=buffers,
         optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
+        loss_scaler=LossScaler.of(cfg.precision),
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),

@@ -18,7 +18,7 @@ from megapoly.train.setup import Run, to_device
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step leaves behind, still on the device: nothing here waits for it.
+    """What a step leaves behind, still on the device: nothing here waits for it (but for fp16's skipped_steps).
 
     `by_source` is fp64 [2, sources]: sums of token losses and numbers of unmasked tokens over the whole global batch,
     the same on every rank.
@@ -28,6 +28,8 @@ class StepStats:
     grad_norm: Tensor
     params_norm: Tensor
     lr: float
+    loss_scale: float
+    skipped_steps: int
 
 
 def train_step(run: Run, step: int) -> StepStats:
@@ -35,19 +37,22 @@ def train_step(run: Run, step: int) -> StepStats:
     whole = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
     batches = [local_batch(batch, run.mesh.cp) for batch in whole]
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
+    scale = run.loss_scaler.scale
     num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
     all_reduce_(num_tokens, run.mesh.replicas)
 
     run.buffers.begin(len(batches))
-    run_pipeline(run, batches, num_tokens, by_source)
+    run_pipeline(run, batches, num_tokens / scale, by_source)
     owned_grad = run.buffers.finish()
 
-    grad_norm = run.optimizer.global_norm(owned_grad)
+    grad_norm = run.optimizer.global_norm(owned_grad) / scale
     clip = clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
     lr = learning_rate(run.cfg.schedule, step, run.prepared.num_steps)
-    run.optimizer.step(owned_grad, lr, clip)
+    if run.loss_scaler.accepts(grad_norm):
+        run.optimizer.step(owned_grad, lr, clip / scale)
     params_norm = run.optimizer.global_norm(run.optimizer.master)
-    return StepStats(sum_over_stages(run, by_source), grad_norm, params_norm, lr)
+    by_source, skipped = sum_over_stages(run, by_source), run.loss_scaler.skipped_steps
+    return StepStats(by_source, grad_norm, params_norm, lr, scale, skipped)
 
 
 def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: Tensor) -> None:
