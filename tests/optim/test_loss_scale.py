@@ -101,7 +101,9 @@ def losses(mesh: Mesh, cfg: Config) -> dict[str, list[float]]:
     stats = [train_step(run, step) for step in range(1, 11)]
     sums = [s.by_source.sum(1) for s in stats]
     assert run.loss_scaler.skipped_steps == 0
-    return {"losses": [(s / c).item() for s, c in sums], "norms": [s.grad_norm.item() for s in stats]}
+    moments = [run.optimizer.global_norm(x.flat).item() for x in (run.optimizer.exp_avg, run.optimizer.exp_avg_sq)]
+    norms = [s.grad_norm.item() for s in stats]
+    return {"losses": [(s / c).item() for s, c in sums], "norms": norms, "moments": moments}
 
 
 def test_losses_and_norms_are_near_those_of_fp32(tmp_path: Path) -> None:
@@ -116,6 +118,7 @@ def test_losses_and_norms_are_near_those_of_fp32(tmp_path: Path) -> None:
     eps = torch.finfo(torch.float16).eps
     assert half["losses"] == pytest.approx(exact["losses"], rel=eps)
     assert half["norms"] == pytest.approx(exact["norms"], rel=16 * eps)
+    assert half["moments"] == pytest.approx(exact["moments"], rel=16 * eps)  # AdamW's step alone would hide the scale
 
 
 def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
