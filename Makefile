@@ -1,5 +1,6 @@
 # make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
 # make test                                   all tests
+# make test-parity                            all triples of the engine's options on up to 16 ranks, hours on two cores
 # make check                                  format, lint, types, tests
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
@@ -17,7 +18,7 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test check install bench bench-step bench-record bench-tune kernels-report clean
+.PHONY: pretrain test test-parity check install bench bench-step bench-record bench-tune kernels-report clean
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
@@ -26,6 +27,9 @@ pretrain: .venv/installed
 test: .venv/installed-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 	$(BIN)/python -m pytest
+
+test-parity: .venv/installed-test
+	$(BIN)/python -m pytest -m sweep -s tests/parallel/test_sweep.py
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .
