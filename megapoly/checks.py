@@ -217,13 +217,14 @@ def check_training(cfg: Config) -> None:
         distributed_timeout_minutes=cfg.parallel.distributed_timeout_minutes,
         make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by, vocab_size=cfg.tokenizer.vocab_size,
         lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
+        muon_num_ns_steps=o.muon_num_ns_steps, muon_scale=o.muon_scale,
     )  # fmt: skip
     for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
                         ("weight_decay", o.weight_decay), ("lr_warmup_init", s.lr_warmup_init)):  # fmt: skip
         if value < 0 or not math.isfinite(value):
             raise ConfigError(f"{name} ({value}) must be a finite number of at least 0")
-    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
+    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2), ("muon_momentum", o.muon_momentum)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{name} ({beta}) must lie in [0, 1)")
     if not 0.01 <= cfg.parallel.distributed_timeout_minutes <= 1e6:
