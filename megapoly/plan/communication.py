@@ -24,12 +24,12 @@ BF16, FP32, FP64 = 2, 4, 8  # bytes
 class Calls(NamedTuple):
     """A number of calls and the bytes of all of them together."""
 
-    count: int = 0
+    number: int = 0
     bytes: int = 0
 
     def times(self, number: int) -> "Calls":
         """So many times these."""
-        return Calls(number * self.count, number * self.bytes)
+        return Calls(number * self.number, number * self.bytes)
 
 
 Traffic = Mapping[tuple[str, str], Calls]  # by axis and kind
@@ -41,8 +41,8 @@ def total(*parts: Traffic) -> dict[tuple[str, str], Calls]:
     for part in parts:
         for key, calls in part.items():
             before = found.get(key, Calls())
-            if calls.count:
-                found[key] = Calls(before.count + calls.count, before.bytes + calls.bytes)
+            if calls.number:
+                found[key] = Calls(before.number + calls.number, before.bytes + calls.bytes)
     return found
 
 
