@@ -276,6 +276,7 @@ class _ContextAttention(torch.autograd.Function):
         return d_qkv_tF, None, None, None, None
 
 
+@torch.compiler.disable  # a compiled block calls it between two graphs: transfers under way are no part of one
 def context_attention(
     qkv_tF: Tensor, shape: HeadShape, local: LocalChunks, exchange: Exchange,
     cos_SR: Tensor | None = None, sin_SR: Tensor | None = None, *, interleaved: bool = False,

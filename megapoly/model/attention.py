@@ -6,9 +6,9 @@ from functools import partial
 from megapoly_kernels import Backends, HeadShape, LocalChunks, Sequences, context_attention, rotary_attention
 from torch import Tensor, nn
 
-from megapoly.model.recompute import Remake, kept, remade
+from megapoly.model.recompute import kept, remade
 from megapoly.parallel.context import KeyExchange
-from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapoly.parallel.linear import ColumnParallelLinear, Remake, RowParallelLinear
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 

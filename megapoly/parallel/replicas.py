@@ -76,7 +76,7 @@ def _describe(held: list[Segment], hashes_P: Tensor, axis: Axis, rank: int) -> s
     has_majority = 2 * column.count(usual) > axis.size
     odd = [number for number, found in zip(ranks, column, strict=True) if found != usual or not has_majority]
     who = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
-    than = f"the majority of ranks {', '.join(map(str, ranks))}" if has_majority else "each other"
+    than = f"most of the {axis.size} ranks that hold the same" if has_majority else "each other"
     more = f" and {len(different) - 1} more" if len(different) > 1 else ""
     verb = "differs" if len(odd) == 1 else "differ"
     return f"{who} {verb} from {than} in the bits of '{held[different[0]].name}'{more}"

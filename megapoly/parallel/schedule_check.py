@@ -175,11 +175,9 @@ class _Walk:
                 goes += [len(self.batches) for sends, _ in batch if sends]
             taken = placement.taken(rank, actions[self.gap]) if self.gap < len(actions) else None
             if self.gap < len(actions) and actions[self.gap].kind == "H":  # every rank meets every other
-                others = [other for other in range(placement.stages) if other != rank]
-                i = actions[self.gap].microbatch
-                goes_and_comes = [(True, Message(rank, other, "H", 0, i)) for other in others]
-                goes_and_comes += [(False, Message(other, rank, "H", 0, i)) for other in others]
-                self.batches.append([Transfer(*way) for way in goes_and_comes])
+                others, what = set(range(placement.stages)) - {rank}, ("H", 0, actions[self.gap].microbatch)
+                meeting = [Transfer(True, Message(rank, other, *what)) for other in others]
+                self.batches.append(meeting + [Transfer(False, Message(other, rank, *what)) for other in others])
             if taken is not None and taken.source != rank and taken not in comes:
                 self.fail(f"takes {taken}, which has not been received")
             needed = len(self.batches)

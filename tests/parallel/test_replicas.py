@@ -56,8 +56,8 @@ MLP, NORM, WORD = "layers.1.mlp.down.weight", "layers.2.mlp_norm.weight", "embed
 @pytest.mark.parametrize(
     ("layout", "rank", "name", "bit", "said"),
     [
-        ({"dp": 3}, 1, MLP, 0, "rank 1 differs from the majority of ranks 0, 1, 2 in the bits of '" + MLP + "'"),
-        ({"dp": 4, "instances": 2}, 3, NORM, 15, "rank 3 differs from the majority of ranks 0, 1, 2, 3 in the bits"),
+        ({"dp": 3}, 1, MLP, 0, "rank 1 differs from most of the 3 ranks that hold the same in the bits of '" + MLP + "'"),
+        ({"dp": 4, "instances": 2}, 3, NORM, 15, "rank 3 differs from most of the 4 ranks that hold the same in the bits"),
         ({"dp": 2}, 1, MLP, 7, "ranks 0, 1 differ from each other in the bits of '" + MLP + "'"),
         ({"tp": 2, "pp": 2}, 3, NORM, 3, "ranks 2, 3 differ from each other in the bits of '" + NORM + "'"),
         ({"pp": 2, "dp": 1}, 1, WORD, 3, "ranks 0, 1 differ from each other in the bits of '" + WORD + "'"),
