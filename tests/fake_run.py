@@ -33,7 +33,7 @@ META = torch.device("meta")
 KERNELS = Backends("triton", "triton", "triton", "fused_linear", "triton", "none runs")
 KINDS = {
     "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
-    "send": "send", "recv_": "recv",
+    "broadcast_": "broadcast", "send": "send", "recv_": "recv",
 }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def _empty(array: Any, device: torch.device) -> Tensor:
     return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
 
 
-def _attention_forward(qkv_tF: Tensor, kv_TF: Tensor, shape: Any, local: Any) -> tuple[Tensor, Tensor]:
+def _attention_forward(qkv_tF: Tensor, kv_TF: Tensor, shape: Any, *_: Any) -> tuple[Tensor, Tensor]:
     return CONTEXT_ATTENTION.empty_outputs(qkv_tF, shape.groups * shape.queries, shape.head_dim)
 
 
@@ -129,8 +129,8 @@ class Collectives(TorchDispatchMode):
                 arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
             )
             key = self.names[dist.ProcessGroup.unbox(group)], KINDS[func._opname]
-            count, before = self.traffic.get(key, Calls())
-            self.traffic[key] = Calls(count + 1, before + max(x.nbytes for x in tensors))
+            number, before = self.traffic.get(key, Calls())
+            self.traffic[key] = Calls(number + 1, before + max(x.nbytes for x in tensors))
         return func(*args, **(kwargs or {}))
 
 

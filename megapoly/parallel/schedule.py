@@ -31,7 +31,7 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Activations (for an 'F') or gradients (for a 'B') on their way from a rank to a chunk of a rank."""
+    """Activations (for an 'F') or gradients (for a 'B') on their way to a chunk of a rank; or ranks that meet ('H')."""
 
     source: int
     target: int
@@ -40,7 +40,7 @@ class Message(NamedTuple):
     microbatch: int
 
     def __str__(self) -> str:
-        what = "activations" if self.kind == "F" else "gradients"
+        what = {"F": "activations", "B": "gradients", "H": "a part of the head"}[self.kind]
         return f"{what} of micro-batch {self.microbatch} from rank {self.source} to chunk {self.chunk} of {self.target}"
 
 

@@ -1,9 +1,9 @@
 """The collectives of one training step of one rank, in closed form: how many, over which axis, and how many bytes.
 
 Bytes are those of the largest tensor of a call: what is summed (all-reduce, reduce-scatter), what comes together
-(all-gather), the message (send, recv). T and t are the tokens of a micro-batch that this rank's matrices see and whose
-residual stream it holds (under sequence parallel T / tp), H is the hidden size, e the bytes of an activation, r those
-of an entry of the residual stream. An axis of one rank has no collectives.
+(all-gather), the message (broadcast, send, recv). T and t are the tokens of a micro-batch that this rank's matrices see
+and whose residual stream it holds (under sequence parallel T / tp), H is the hidden size, e the bytes of an activation,
+r those of an entry of the residual stream. An axis of one rank has no collectives.
 
 tests/plan compares every number with a run of the training step itself on a fake process group.
 """
@@ -24,12 +24,12 @@ BF16, FP32, FP64 = 2, 4, 8  # bytes
 class Calls(NamedTuple):
     """A number of calls and the bytes of all of them together."""
 
-    count: int = 0
+    number: int = 0
     bytes: int = 0
 
     def times(self, number: int) -> "Calls":
         """So many times these."""
-        return Calls(number * self.count, number * self.bytes)
+        return Calls(number * self.number, number * self.bytes)
 
 
 Traffic = Mapping[tuple[str, str], Calls]  # by axis and kind
@@ -41,8 +41,8 @@ def total(*parts: Traffic) -> dict[tuple[str, str], Calls]:
     for part in parts:
         for key, calls in part.items():
             before = found.get(key, Calls())
-            if calls.count:
-                found[key] = Calls(before.count + calls.count, before.bytes + calls.bytes)
+            if calls.number:
+                found[key] = Calls(before.number + calls.number, before.bytes + calls.bytes)
     return found
 
 
@@ -53,7 +53,8 @@ def times(number: int, part: Traffic) -> Traffic:
 
 def step_traffic(seat: Seat, num_sources: int) -> dict[tuple[str, str], Calls]:
     """Everything that a rank says in one training step, by (axis, kind)."""
-    of_chunks = [times(seat.microbatches, chunk_traffic(seat, stage)) for stage in seat.stages]
+    parts = [*(chunk_traffic(seat, stage) for stage in seat.stages), shared_head_traffic(seat)]
+    of_chunks = [times(seat.microbatches, part) for part in parts]
     return total(*of_chunks, pipeline_traffic(seat), gradient_traffic(seat), muon_traffic(seat),
                  scalar_traffic(seat, num_sources))  # fmt: skip
 
@@ -74,7 +75,7 @@ def chunk_traffic(seat: Seat, stage: Stage) -> Traffic:
     if stage.has_embedding:
         parts += [_leave(seat)]
         parts += [_gather(seat)] if seat.is_sequence_parallel else []
-    if stage.has_head:
+    if stage.has_head and not stage.shares_head:
         parts.append(loss_traffic(seat))
     return total(*parts)
 
@@ -135,6 +136,25 @@ def loss_traffic(seat: Seat) -> Traffic:
         return total(scalars, _leave(seat, pieces))
     gathers = _gather(seat, pieces) if seat.has_fused_loss else times(2, _gather(seat))
     return total(scalars, gathers, _leave(seat, pieces))
+
+
+def shared_head_traffic(seat: Seat) -> Traffic:
+    """A head that all pipeline ranks share: what enters it, t H e, comes from the last one and is gathered to T H e.
+
+    Then each chunk of tokens sums the gradient of that over pipeline and tensor-parallel ranks, beside the scalars.
+    """
+    if not seat.shares_head:
+        return {}
+    ranks, pieces = seat.head_ranks, -(-seat.tokens // FUSED_LOSS_TOKENS) if seat.has_fused_loss else 1
+    found: dict[tuple[str, str], Calls] = {}
+    if seat.pp > 1:
+        found["pp", "broadcast"] = Calls(1, seat.own_tokens * seat.model.hidden_size * seat.element)
+    if seat.is_sequence_parallel:
+        found["tp", "all_gather"] = Calls(1, _activation_bytes(seat))
+    if ranks > 1:
+        found["vocab", "all_gather"] = Calls(pieces, ranks * 3 * seat.tokens * FP32)
+        found["vocab", "all_reduce"] = Calls(pieces, _activation_bytes(seat))
+    return found
 
 
 def _chunk_tokens(seat: Seat) -> int:

@@ -79,6 +79,8 @@ def activation_bytes(seat: Seat) -> int:
         if action.kind == "F":
             kept += sum(piece.kept for piece in of_chunk[action.chunk])
             most = max(most, kept)
+        elif action.kind == "H":
+            most = max(most, kept + loss_activations(seat, seat.tokens, seat.head_ranks))
         elif action.kind in "BI":
             for piece in reversed(of_chunk[action.chunk]):
                 most = max(most, kept + piece.redone)
@@ -139,15 +141,21 @@ def embedding_activations(seat: Seat) -> int:
 
 
 def head_activations(seat: Seat) -> int:
-    """The final norm's sum and statistics, and of its output the gradient, which the fused loss makes going forward.
+    """The final norm's sum and statistics, and the loss, which goes there and back at once where all ranks share it."""
+    statistics = 1 if seat.model.normalization == "RMSNorm" else 2
+    kept = _stream(seat) + seat.own_tokens * statistics * FP32
+    return kept if seat.shares_head else kept + loss_activations(seat, seat.own_tokens, seat.tp)
 
-    Not fused, the loss keeps the output itself, all logits, and a label, a mask and a log-sum-exp of each token.
+
+def loss_activations(seat: Seat, tokens: int, ranks: int) -> int:
+    """Of the normed hidden states of so many tokens, the gradient, which the fused loss makes going forward.
+
+    Not fused, the states themselves, all logits of this one of `ranks` parts of the vocabulary, and a label, a mask and
+    a log-sum-exp of each token.
     """
-    m = seat.model
-    statistics = 1 if m.normalization == "RMSNorm" else 2
-    kept = _stream(seat) + seat.own_tokens * (m.hidden_size * seat.element + statistics * FP32)
+    kept = tokens * seat.model.hidden_size * seat.element
     if not seat.has_fused_loss:
-        kept += seat.tokens * (seat.padded_vocab_size // seat.tp * seat.element + INT64 + 2 * FP32)
+        kept += seat.tokens * (seat.vocab_rows(ranks) * seat.element + INT64 + 2 * FP32)
     return kept
 
 

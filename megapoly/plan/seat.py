@@ -165,8 +165,18 @@ class Seat:
         return self.tokens // self.tp if self.is_sequence_parallel else self.tokens
 
     @property
-    def padded_vocab_size(self) -> int:
-        return padded_vocab_size(self.vocab_size, self.cfg.tokenizer.make_vocab_size_divisible_by, self.tp)
+    def shares_head(self) -> bool:
+        """Whether all pipeline ranks hold a part of the output matrix."""
+        return self.cfg.parallel.pipeline_vocab_parallel
+
+    @property
+    def head_ranks(self) -> int:
+        """Among how many ranks the rows of the output matrix are divided."""
+        return self.tp * self.pp if self.shares_head else self.tp
+
+    def vocab_rows(self, ranks: int) -> int:
+        """Rows that each of so many ranks holds of a matrix of the vocabulary, with its padding."""
+        return padded_vocab_size(self.vocab_size, self.cfg.tokenizer.make_vocab_size_divisible_by, ranks) // ranks
 
     @property
     def placement(self) -> Placement:
@@ -176,7 +186,7 @@ class Seat:
     def stages(self) -> list[Stage]:
         """The global stages of this rank's chunks."""
         numbers = [self.placement.stage_of(self.stage_rank, chunk) for chunk in range(self.placement.chunks)]
-        return [make_stage(self.split, number) for number in numbers]
+        return [make_stage(self.split, number, self.shares_head) for number in numbers]
 
     @property
     def has_both_ends(self) -> bool:
@@ -199,6 +209,9 @@ class Seat:
             for name, shape in parameter_shapes(self.model, self.vocab_size):
                 if _is_in(stage, name, self.model.tied):
                     found.setdefault(name, self._held(name, shape))
+        if self.shares_head:
+            shape = self.vocab_size, self.model.hidden_size
+            found["head.weight"] = self._held("head.weight", shape)
         return list(found.values())
 
     def _held(self, name: str, shape: tuple[int, ...]) -> Held:
@@ -206,8 +219,10 @@ class Seat:
         if self.kv > 1 and "attention.qkv." in name:  # a part of one group's queries, and its key and value
             head = math.prod(shape[2:])
             return Held(name, shape, ((shape[1] - 2) // self.kv + 2) * head, is_split, 2 * head)
-        whole = (self.padded_vocab_size, *shape[1:]) if name in (WORD, "head.weight") else shape
-        return Held(name, shape, math.prod(whole) // (self.tp if is_split else 1), is_split)
+        if name in (WORD, "head.weight"):
+            rows = self.vocab_rows(self.tp if name == WORD else self.head_ranks)
+            return Held(name, shape, rows * shape[1], is_split)
+        return Held(name, shape, math.prod(shape) // (self.tp if is_split else 1), is_split)
 
     def uses_muon(self, held: Held) -> bool:
         """Whether Muon updates a parameter; AdamW does else."""
@@ -249,4 +264,6 @@ def _is_in(stage: Stage, name: str, tied: bool) -> bool:
         return int(rest.split(".")[0]) in stage.layers
     if name == WORD:
         return stage.has_embedding or (stage.has_head and tied)
+    if name == "head.weight":
+        return stage.has_head and not stage.shares_head
     return stage.has_embedding if part == "embedding" else stage.has_head

@@ -329,3 +329,17 @@ def test_a_shared_head_beats_the_best_uneven_split_of_a_large_vocabulary() -> No
     together = simulate(lists_of("1f1b-vocab", stages, 1, microbatches), Placement(stages), shared)
     assert sum(alone.busy) == pytest.approx(sum(together.busy))
     assert together.makespan < 0.5 * alone.makespan
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_a_message_must_not_be_received_behind_a_meeting_that_it_is_sent_before(manner: schedule_check.Manner) -> None:
+    lists = lists_of("1f1b-vocab", 2, 1, 3)
+    exchanges = planned(lists, Placement(2))
+    check_exchanges(exchanges, lists, Placement(2), manner)
+    meeting = lists[0].index(Action("H", 1))
+    gap = next(g for g in range(meeting + 1) for sends, message in exchanges[0][g] if not sends)
+    late = next(transfer for transfer in exchanges[0][gap] if not transfer.sends)
+    exchanges[0][gap].remove(late)
+    exchanges[0][meeting + 1].insert(0, late)
+    with pytest.raises(InvalidSchedule, match=r"takes a part of the head of .* 1 .*, but the other end has gradients"):
+        check_exchanges(exchanges, lists, Placement(2), manner)

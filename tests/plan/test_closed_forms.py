@@ -57,6 +57,10 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
         4, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zb-v", "num_virtual_stages_per_pipeline_rank": 2,
             "tensor_model_parallel_size": 2, "sequence_parallel": True},
     ),
+    "head shared by the pipeline": (
+        8, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+            "pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": True},
+    ),
     "CP 2": (4, {"context_parallel_size": 2}),
     "plain loss": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "loss_backend": "triton"}),
     "all redone": (
@@ -86,7 +90,7 @@ def assert_as_planned(run: Run, seat: Seat) -> None:
     """Parameters, state, collectives and activations of a rank are what the closed forms say."""
     buffers, adam = run.buffers, run.optimizer
     state = state_bytes(seat)
-    parameters = {id(p): p.numel() for chunk in run.chunks for p in chunk.parameters()}
+    parameters = {id(s.parameter): s.parameter.numel() for s in buffers.segments}
     assert num_parameters(seat) == sum(parameters.values())
     assert state.parameters == buffers.params.nbytes
     assert state.gradients == buffers.grads.nbytes
