@@ -1,12 +1,14 @@
 # make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
 # make test                                   all tests
+# make test-parity                            every three parallel options together, on up to 16 ranks
 # make check                                  format, lint, types, tests
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
+# make bench-host                             host cost, CPU tokens/s and memory beside transformers; needs no GPU
 # make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
 # make bench-tune [FLAGS="--head-dim 64"]     tile sizes of attention's kernels, tried out on this GPU
 # make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
-# (these five use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
+# (these six use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -17,7 +19,7 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test check install bench bench-step bench-record bench-tune kernels-report clean
+.PHONY: pretrain test test-parity check install bench bench-step bench-host bench-record bench-tune kernels-report clean
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
@@ -26,6 +28,9 @@ pretrain: .venv/installed
 test: .venv/installed-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 	$(BIN)/python -m pytest
+
+test-parity: .venv/installed-test
+	$(BIN)/python -m pytest -m sweep tests/parallel/test_sweep.py $(FLAGS)
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

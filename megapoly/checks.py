@@ -52,18 +52,18 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     """Refuse a schedule for another number of chunks, and stages that no layer is left for."""
     pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
-    wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
-    if p.chunks != wanted:
-        raise ConfigError(
-            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
-            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
-        )
     if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
         asked = f"pipeline_schedule {p.pipeline_schedule or 'interleaved'} with {p.chunks} chunks"
         raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
     if p.pipeline_vocab_parallel and m.tied:
         raise ConfigError(
             "pipeline_vocab_parallel needs untie_embeddings_and_output_weights: a tied matrix is the first stage's"
+        )
+    wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
+    if p.chunks != wanted:
+        raise ConfigError(
+            f"num_virtual_stages_per_pipeline_rank ({p.chunks}) must be {wanted} for pipeline_schedule {p.schedule}; "
+            f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
     if p.stages > m.num_layers + 2:
         most = (m.num_layers + 2) // p.chunks
@@ -217,13 +217,14 @@ def check_training(cfg: Config) -> None:
         distributed_timeout_minutes=cfg.parallel.distributed_timeout_minutes,
         make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by, vocab_size=cfg.tokenizer.vocab_size,
         lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
+        muon_num_ns_steps=o.muon_num_ns_steps, muon_scale=o.muon_scale,
     )  # fmt: skip
     for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
                         ("weight_decay", o.weight_decay), ("lr_warmup_init", s.lr_warmup_init)):  # fmt: skip
         if value < 0 or not math.isfinite(value):
             raise ConfigError(f"{name} ({value}) must be a finite number of at least 0")
-    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
+    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2), ("muon_momentum", o.muon_momentum)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{name} ({beta}) must lie in [0, 1)")
     if not 0.01 <= cfg.parallel.distributed_timeout_minutes <= 1e6:

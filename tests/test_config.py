@@ -168,6 +168,13 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
             2,
             ("4 stag",),
         ),
+        ({"pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": False}, 1, ("untie_embeddings",)),
+        ({"pipeline_vocab_parallel": True, "pipeline_schedule": "zb-v"}, 1, ("leave out", "zb-v with 2 chunks")),
+        (
+            {"pipeline_vocab_parallel": True, "num_virtual_stages_per_pipeline_rank": 2},
+            1,
+            ("out", "interleaved with 2"),
+        ),
         ({"max_position_embeddings": 64}, 1, ("(64)", "(128)")),
         ({"num_distributed_optimizer_instances": 3}, 4, ("(3)", "4 replicas", "2 does")),
         (

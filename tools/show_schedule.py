@@ -8,9 +8,10 @@ import sys
 
 from megapoly.arguments import ArgumentParser
 from megapoly.errors import ConfigError, exit_on_error
+from megapoly.parallel.drawing import draw_png, draw_text
 from megapoly.parallel.schedule import SCHEDULES, check_arguments
 from megapoly.parallel.schedule_check import check_schedule
-from megapoly.parallel.timeline import Costs, draw_png, draw_text
+from megapoly.parallel.timeline import Costs
 
 MOST_ACTIONS = 1 << 18
 

@@ -126,7 +126,13 @@ class _Gather(torch.autograd.Function):
 
 
 def _attend_densely(
-    q_BthK: Tensor, k_BSgK: Tensor, v_BSgK: Tensor, own_Bt: Tensor, first_Bt: Tensor, begin: int
+    q_BthK: Tensor,
+    k_BSgK: Tensor,
+    v_BSgK: Tensor,
+    own_Bt: Tensor,
+    first_Bt: Tensor,
+    begin: int,
+    scale: float | None,
 ) -> Tensor:
     """A chunk's queries, from token `begin` of their sequences, by scaled_dot_product_attention with dense masks."""
     parts = []
@@ -138,13 +144,15 @@ def _attend_densely(
         q, k, v = (x.transpose(1, 2) for x in (q_BthK[:, rows], k_BSgK[:, :end], v_BSgK[:, :end]))
         parts.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=is_seen_BtS[:, None], enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=is_seen_BtS[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             ).transpose(1, 2)
         )
     return torch.cat(parts, 1)
 
 
-def _by_chunks(qkv_tF: Tensor, kv_TF: Tensor, shape: HeadShape, local: LocalChunks, is_flash: bool) -> Tensor:
+def _by_chunks(
+    qkv_tF: Tensor, kv_TF: Tensor, shape: HeadShape, local: LocalChunks, scale: float | None, is_flash: bool
+) -> Tensor:
     """The operation chunk by chunk, each with the keys up to its end: by torch, or by the flash-attn package."""
     q_tgnK, _ = _split(qkv_tF, shape)
     q_BCthK = q_tgnK.flatten(1, 2).unflatten(0, (local.batch, len(local.chunks), -1))
@@ -158,14 +166,16 @@ def _by_chunks(qkv_tF: Tensor, kv_TF: Tensor, shape: HeadShape, local: LocalChun
             from flash_attn import flash_attn_func
 
             # With fewer queries than keys its causal mask ends at the last of both.
-            outputs.append(flash_attn_func(q_BCthK[:, i], k_BSgK, v_BSgK, causal=True))
+            outputs.append(flash_attn_func(q_BCthK[:, i], k_BSgK, v_BSgK, causal=True, softmax_scale=scale))
         else:
             begin = chunk * local.chunk_length
-            outputs.append(_attend_densely(q_BCthK[:, i], k_BSgK, v_BSgK, own_BCt[:, i], first_BCt[:, i], begin))
+            outputs.append(_attend_densely(q_BCthK[:, i], k_BSgK, v_BSgK, own_BCt[:, i], first_BCt[:, i], begin, scale))
     return torch.stack(outputs, 1).flatten(0, 2)
 
 
-def launch_forward(qkv_tF: Tensor, kv_TF: Tensor, shape: HeadShape, local: LocalChunks) -> tuple[Tensor, Tensor]:
+def launch_forward(
+    qkv_tF: Tensor, kv_TF: Tensor, shape: HeadShape, local: LocalChunks, scale: float
+) -> tuple[Tensor, Tensor]:
     """(out [rows, heads, head_dim], log-sum-exp of the scaled scores, base 2, fp32 [heads, rows])."""
     rows, heads = qkv_tF.shape[0], shape.groups * shape.queries
     out_thK, lse_ht = empty_outputs(qkv_tF, heads, shape.head_dim)
@@ -175,7 +185,7 @@ def launch_forward(qkv_tF: Tensor, kv_TF: Tensor, shape: HeadShape, local: Local
     with torch.cuda.device_of(qkv_tF):
         attention_forward_kernel[(triton.cdiv(rows, tiles.m), heads)](
             qkv_tF, source_of(kv_TF, tiles.n, shape.head_dim, tma), out_thK, lse_ht, None, None, None, local.first_t,
-            None, qkv_tF.stride(0), rows, 0, 0, shape.head_dim**-0.5 * LOG2_E.value,
+            None, qkv_tF.stride(0), rows, 0, 0, scale * LOG2_E.value,
             LEAD=not local.is_aligned(tiles), WINDOWED=False, ALIBI=False, TMA=tma,
             PRECISION=precision_of(qkv_tF.dtype), BLOCK_M=tiles.m, BLOCK_N=tiles.n, own=local.own_t,
             kv_stride=kv_TF.stride(0), keys=kv_TF.shape[0], CONTEXT=True,
@@ -199,7 +209,7 @@ def launch_delta(out_thK: Tensor, d_out_thK: Tensor, lse_ht: Tensor) -> Tensor:
 
 def launch_keys(
     d_out_tF: Tensor, qkv_tF: Tensor, kv_TF: Tensor, lse_ht: Tensor, delta_ht: Tensor, shape: HeadShape,
-    local: LocalChunks,
+    local: LocalChunks, scale: float,
 ) -> Tensor:  # fmt: skip
     """What this rank's queries give to the gradient of all keys and values, [keys, groups x 2 x head_dim]."""
     rows, keys, d_kv_TF = qkv_tF.shape[0], kv_TF.shape[0], torch.empty_like(kv_TF)
@@ -212,7 +222,7 @@ def launch_keys(
             source_of(d_out_tF, tiles.m, shape.head_dim, tma), d_kv_TF,
             source_of(lse_ht, 1, tiles.m, tma), source_of(delta_ht, 1, tiles.m, tma), None, None, None,
             local.begin_T, local.end_T, None, kv_TF.stride(0), d_out_tF.stride(0), keys, 0, 0,
-            shape.head_dim**-0.5 * LOG2_E.value, TAIL=not local.is_aligned(tiles), WINDOWED=False, ALIBI=False,
+            scale * LOG2_E.value, TAIL=not local.is_aligned(tiles), WINDOWED=False, ALIBI=False,
             TMA=tma, PRECISION=precision_of(qkv_tF.dtype), BLOCK_M=tiles.m, BLOCK_N=tiles.n,
             q_stride=qkv_tF.stride(0), rows=rows, CONTEXT=True,
             num_warps=tiles.warps, num_stages=tiles.stages, **options,
@@ -222,7 +232,7 @@ def launch_keys(
 
 def launch_queries_(
     d_qkv_tF: Tensor, d_out_tF: Tensor, qkv_tF: Tensor, kv_TF: Tensor, lse_ht: Tensor, delta_ht: Tensor,
-    shape: HeadShape, local: LocalChunks,
+    shape: HeadShape, local: LocalChunks, scale: float,
 ) -> None:  # fmt: skip
     """Write the queries' part of the gradient of the packed buffer."""
     options = head_options(shape.head_dim, shape.queries, None, False, local.first_t, None)
@@ -232,7 +242,7 @@ def launch_queries_(
         attention_backward_queries_kernel[(triton.cdiv(rows, tiles.m), shape.groups * shape.queries)](
             qkv_tF, source_of(kv_TF, tiles.n, shape.head_dim, tma), d_out_tF, d_qkv_tF, lse_ht, delta_ht,
             None, None, None, local.first_t, None, qkv_tF.stride(0), d_out_tF.stride(0), rows, 0, 0,
-            shape.head_dim**-0.5 * LOG2_E.value, LEAD=not local.is_aligned(tiles), WINDOWED=False, ALIBI=False,
+            scale * LOG2_E.value, LEAD=not local.is_aligned(tiles), WINDOWED=False, ALIBI=False,
             TMA=tma, PRECISION=precision_of(qkv_tF.dtype), BLOCK_M=tiles.m, BLOCK_N=tiles.n, own=local.own_t,
             kv_stride=kv_TF.stride(0), keys=kv_TF.shape[0], CONTEXT=True,
             num_warps=tiles.warps, num_stages=tiles.stages, **options,
@@ -243,31 +253,34 @@ class _ContextAttention(torch.autograd.Function):
     """Keys and values of other ranks are held during a pass only: backward gathers them a second time."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_tF: Tensor, shape: HeadShape, local: LocalChunks, exchange: Exchange) -> Tensor:
+    def forward(
+        ctx: Any, qkv_tF: Tensor, shape: HeadShape, local: LocalChunks, exchange: Exchange, scale: float
+    ) -> Tensor:
         kv_TF = exchange.gather(_keys_of(qkv_tF, shape))()
-        out_thK, lse_ht = launch_forward(qkv_tF, kv_TF, shape, local)
+        out_thK, lse_ht = launch_forward(qkv_tF, kv_TF, shape, local, scale)
         ctx.save_for_backward(qkv_tF, out_thK, lse_ht)
-        ctx.shape, ctx.local, ctx.exchange = shape, local, exchange
+        ctx.shape, ctx.local, ctx.exchange, ctx.scale = shape, local, exchange, scale
         return out_thK
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv_tF, out_thK, lse_ht = ctx.saved_tensors
-        shape, local, d_out_thK = ctx.shape, ctx.local, grads[0].contiguous()
+        shape, local, scale, d_out_thK = ctx.shape, ctx.local, ctx.scale, grads[0].contiguous()
         gathered = ctx.exchange.gather(_keys_of(qkv_tF, shape))
         d_qkv_tF, delta_ht = torch.empty_like(qkv_tF), launch_delta(out_thK, d_out_thK, lse_ht)
         kv_TF, d_out_tF = gathered(), d_out_thK.flatten(1)
-        summed = ctx.exchange.scatter(launch_keys(d_out_tF, qkv_tF, kv_TF, lse_ht, delta_ht, shape, local))
-        launch_queries_(d_qkv_tF, d_out_tF, qkv_tF, kv_TF, lse_ht, delta_ht, shape, local)  # as the sums travel
+        summed = ctx.exchange.scatter(launch_keys(d_out_tF, qkv_tF, kv_TF, lse_ht, delta_ht, shape, local, scale))
+        launch_queries_(d_qkv_tF, d_out_tF, qkv_tF, kv_TF, lse_ht, delta_ht, shape, local, scale)  # as the sums travel
         d_kv_tgnK = _split(d_qkv_tF, shape)[1]
         d_kv_tgnK.copy_(summed().view_as(d_kv_tgnK))
-        return d_qkv_tF, None, None, None
+        return d_qkv_tF, None, None, None, None
 
 
+@torch.compiler.disable  # a compiled block calls it between two graphs: transfers under way are no part of one
 def context_attention(
     qkv_tF: Tensor, shape: HeadShape, local: LocalChunks, exchange: Exchange,
     cos_SR: Tensor | None = None, sin_SR: Tensor | None = None, *, interleaved: bool = False,
-    backend: str | None = None,
+    scale: float | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """rotary_attention for the tokens of a rank that holds a part of each sequence; [local tokens, heads, head_dim].
 
@@ -276,13 +289,15 @@ def context_attention(
     backward as many gradients; between forward and backward only what is local (with sdpa and flash_attn, which leave
     that to autograd, all of them). Gradients of keys and values are summed over ranks in the activations' type, as
     tensor parallelism sums its own; their sum travels while the queries' are computed.
-    `backend` as in rotary_attention. Raises ValueError for packed documents with flash_attn.
+    `scale` and `backend` as in rotary_attention. Raises ValueError for packed documents with flash_attn.
     """
     qkv_tF = rotated(qkv_tF, shape, Sequences(), cos_SR, sin_SR, local.position_t, interleaved).contiguous()
     if resolve_backend(backend, qkv_tF) == "triton":
-        result: Tensor = _ContextAttention.apply(qkv_tF, shape, local, exchange)
+        result: Tensor = _ContextAttention.apply(
+            qkv_tF, shape, local, exchange, shape.head_dim**-0.5 if scale is None else scale
+        )
         return result
     if backend == "flash_attn" and local.is_packed:
         raise ValueError("attention_backend flash_attn cannot share packed documents among ranks: use triton or sdpa")
     kv_TF = _Gather.apply(_keys_of(qkv_tF, shape), exchange)
-    return _by_chunks(qkv_tF, kv_TF, shape, local, is_flash=backend == "flash_attn")
+    return _by_chunks(qkv_tF, kv_TF, shape, local, scale, is_flash=backend == "flash_attn")

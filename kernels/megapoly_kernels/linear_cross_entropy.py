@@ -186,7 +186,7 @@ def linear_cross_entropy(
         raise ValueError(f"{labels_T.numel()} labels for {shares} x {x_tH.shape[0]} tokens")
     criterion = Criterion(first_row, valid_rows, group, label_smoothing, z_loss, ignore_index, vocab_size, backend)
     if chunk_tokens is None:
-        chunk_tokens = 2048 if x_tH.is_cuda else max(CACHED_LOGITS // weight_vH.shape[0], 128)
+        chunk_tokens = max(CACHED_LOGITS // weight_vH.shape[0], 128) if x_tH.is_cpu else 2048
     chunk = max(chunk_tokens // shares, 1)
     labels_RT, grad_RT = labels_T.view(shares, -1), grad_T.detach().float().view(shares, -1)
     task = _Task(labels_RT, grad_RT, criterion, chunk, main_grad, recompute)

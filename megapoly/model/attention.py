@@ -6,9 +6,9 @@ from functools import partial
 from megapoly_kernels import Backends, HeadShape, LocalChunks, Sequences, context_attention, rotary_attention
 from torch import Tensor, nn
 
-from megapoly.model.recompute import Remake, kept, remade
+from megapoly.model.recompute import kept, remade
 from megapoly.parallel.context import KeyExchange
-from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapoly.parallel.linear import ColumnParallelLinear, Remake, RowParallelLinear
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 
@@ -50,7 +50,9 @@ class Attention(nn.Module):
         cos, sin = table if table is not None else (None, None)
         if isinstance(sequences, LocalChunks):
             exchange = KeyExchange(self.cp, sequences.batch)
-            out_ThK = context_attention(qkv_TF, self.shape, sequences, exchange, cos, sin, backend=self.backend)
+            out_ThK = context_attention(
+                qkv_TF, self.shape, sequences, exchange, cos, sin, scale=self.scale, backend=self.backend
+            )
         else:
             # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
             is_free = self.run_core is kept

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from megapoly.model.attention import Attention, RotaryTable
 from megapoly.model.mlp import Mlp
 from megapoly.model.norm import Norm
-from megapoly.model.recompute import Remake, remade
+from megapoly.model.recompute import remade
+from megapoly.parallel.linear import Remake
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 

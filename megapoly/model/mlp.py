@@ -5,8 +5,8 @@ from collections.abc import Collection
 from megapoly_kernels import Backends, bias_gelu, gated_activation
 from torch import Tensor, nn
 
-from megapoly.model.recompute import Remake, kept, remade
-from megapoly.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapoly.model.recompute import kept, remade
+from megapoly.parallel.linear import ColumnParallelLinear, Remake, RowParallelLinear
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 

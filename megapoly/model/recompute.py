@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megapoly.model.offload import HostMemory
+from megapoly.parallel.linear import Remake
 from megapoly.sections import TrainConfig
 
 Outputs = tuple[Tensor, ...]
-Remake = Callable[[], Tensor]
 T = TypeVar("T")
 
 
@@ -22,10 +22,8 @@ class _Redone(torch.autograd.Function):
     """fn(*inputs) without a graph; one is built when backward, or who reads the first output there, comes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, fn: Callable[..., Outputs], host: HostMemory | None, is_read: bool, *inputs: Tensor
-    ) -> Outputs:
-        ctx.fn, ctx.is_read, ctx.made, ctx.first, ctx.parked = fn, is_read, None, None, None
+    def forward(ctx: Any, fn: Callable[..., Outputs], host: HostMemory | None, *inputs: Tensor) -> Outputs:
+        ctx.fn, ctx.made, ctx.parked = fn, None, None
         if host is None:
             ctx.save_for_backward(*inputs)
         else:
@@ -35,30 +33,22 @@ class _Redone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.made is None:
-            _make(ctx)
-        leaves, outputs = ctx.made
+        leaves, outputs = _made(ctx)
         ctx.made = None
         wanted = [number for number, grad in enumerate(grads) if grad is not None]
         torch.autograd.backward([outputs[number] for number in wanted], [grads[number] for number in wanted])
-        return None, None, None, *(leaf.grad for leaf in leaves)
+        return None, None, *(leaf.grad for leaf in leaves)
 
 
-def _make(ctx: Any) -> None:
-    """Do fn again: ctx.made, for backward, are leaves in place of the inputs and the outputs with a graph from them."""
-    inputs = ctx.saved_tensors if ctx.parked is None else [parked.fetch() for parked in ctx.parked]
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        ctx.made = leaves, ctx.fn(*leaves)
-    if ctx.is_read:
-        ctx.first = ctx.made[1][0].detach()
-
-
-def _applied(fn: Callable[..., Outputs], host: HostMemory | None, is_read: bool, inputs: tuple[Tensor, ...]) -> Outputs:
-    # What a frozen embedding gives wants no gradient, but the parameters within fn do.
-    inputs = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in inputs)
-    outputs: Outputs = _Redone.apply(fn, host, is_read, *inputs)
-    return outputs
+def _made(ctx: Any) -> tuple[list[Tensor], Outputs]:
+    """Leaves in place of the inputs, and the outputs with a graph from them; fn is done again once, until backward."""
+    if ctx.made is None:
+        inputs = ctx.saved_tensors if ctx.parked is None else [parked.fetch() for parked in ctx.parked]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            ctx.made = leaves, ctx.fn(*leaves)
+    made: tuple[list[Tensor], Outputs] = ctx.made
+    return made
 
 
 def redone(fn: Callable[..., Outputs], *inputs: Tensor, host: HostMemory | None = None) -> Outputs:
@@ -67,28 +57,22 @@ def redone(fn: Callable[..., Outputs], *inputs: Tensor, host: HostMemory | None 
     Backward runs fn once more and then its backward pass, which leaves the gradients of parameters as ever. Where no
     gradient is wanted fn just runs.
     """
-    return _applied(fn, host, False, inputs) if torch.is_grad_enabled() else fn(*inputs)
+    if not torch.is_grad_enabled():
+        return fn(*inputs)
+    # What a frozen embedding gives wants no gradient, but the parameters within fn do.
+    inputs = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in inputs)
+    outputs: Outputs = _Redone.apply(fn, host, *inputs)
+    return outputs
 
 
 def remade(fn: Callable[..., Outputs], *inputs: Tensor) -> tuple[Outputs, Remake | None]:
     """As redone, for a first output that its reader need not keep either: (outputs, remake).
 
-    In the backward pass, or with deferred weight gradients after it, the reader gets it from `remake`, to be called at
-    most once. Fn is redone once for both.
+    In its own backward pass, which comes before, the reader gets it from `remake`; fn is redone once for both.
     """
-    if not torch.is_grad_enabled():
-        return fn(*inputs), None
-    outputs = _applied(fn, None, True, inputs)
-    node: Any = outputs[0].grad_fn
-
-    def remake() -> Tensor:
-        if node.first is None:
-            _make(node)
-        first, node.first = node.first, None
-        result: Tensor = first
-        return result
-
-    return outputs, remake
+    outputs = redone(fn, *inputs)
+    node = outputs[0].grad_fn
+    return outputs, None if node is None else lambda: _made(node)[1][0].detach()
 
 
 def kept(fn: Callable[..., Outputs], *inputs: Tensor) -> tuple[Outputs, Remake | None]:

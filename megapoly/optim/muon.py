@@ -4,6 +4,7 @@ State is sharded over the replicas entry by entry, but an update needs whole mat
 where it is owned, gathered, and the matrices are dealt out over the shards; what each makes goes back to the owners.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,7 @@ from megapoly.optim.spans import Portion
 from megapoly.parallel.buckets import Bucket
 from megapoly.parallel.collectives import reduce_scatter, start_all_gather
 from megapoly.parallel.gradients import FlatBuffers
+from megapoly.parallel.tensor import Shard
 
 # Jordan et al.: five steps bring singular values between 0.002 and 1 to between 0.68 and 1.21, not to 1 exactly; that
 # is no harm, and the steep slope at 0 spares many steps.
@@ -61,6 +63,20 @@ def orthogonalize_(weight: Tensor, steps: int, scale: float) -> None:
         part.copy_(newton_schulz(flat, steps).view_as(part) * (scale * math.sqrt(max(flat.shape))))
 
 
+def whole_of(parts: Tensor, shards: Sequence[Shard], kv: int) -> Tensor:
+    """A whole parameter from all tensor-parallel ranks' parts of it, [ranks, ..]; `shards` are this rank's.
+
+    Where groups of kv ranks share key/value heads, each of them holds a part of the queries and the same keys and
+    values.
+    """
+    if len(shards) == 1:
+        dim = shards[0].dim
+        return parts[0].clone() if dim is None else torch.cat(parts.unbind(), dim)
+    row = shards[1].row
+    parts = parts.flatten(0, 1).unflatten(0, (-1, kv))  # [groups, ranks that share one, queries + 2, ..]
+    return torch.cat([parts[:, :, :row].flatten(1, 2), parts[:, 0, row:]], dim=1)
+
+
 def flops(shape: tuple[int, ...]) -> int:
     """About what newton_schulz costs for a parameter: three products a step, two of the smaller side's squares."""
     matrix = [(math.prod(part.shape[:-1]), part.shape[-1]) for part in matrices(torch.empty(shape, device="meta"))]
@@ -87,10 +103,11 @@ class Muon:
         self.buffers, self.rules = buffers, rules
         self.dtype = torch.bfloat16 if buffers.params.is_cuda else torch.float32
         trained = [s for s in buffers.segments if s.parameter.requires_grad]
-        self.segments = [s for s in trained if rules.uses_muon(s.name, s.shard.shape)]
-        self.buckets = [b for b in buffers.buckets if any(s.bucket is b for s in self.segments)]
-        self.hands = deal([flops(s.shard.shape) for s in self.segments], buffers.mesh.shards.size)
-        self.held = [s for s in self.segments if s.owned[0] < s.owned[1]]
+        segments = [s for s in trained if rules.uses_muon(s.name, s.shard.shape)]
+        self.held = [s for s in segments if s.owned[0] < s.owned[1]]
+        self.buckets = [b for b in buffers.buckets if any(s.bucket is b for s in segments)]
+        self.parameters = [list(shards) for _, shards in itertools.groupby(segments, lambda s: s.name)]
+        self.hands = deal([flops(shards[0].shard.shape) for shards in self.parameters], buffers.mesh.shards.size)
 
     @torch.no_grad()
     def directions_(self, momentum: Portion, owned_grad: Tensor, scale: Tensor | None) -> None:
@@ -119,19 +136,21 @@ class Muon:
 
     def _orthogonalize(self, flat: Tensor) -> None:
         """Updates in place of momenta, for the parameters that this shard was dealt; the others become zero."""
-        o, tp, rank = self.rules.optimizer, self.buffers.mesh.tp, self.buffers.mesh.shards.rank
+        o, mesh = self.rules.optimizer, self.buffers.mesh
         mine = []
-        for segment, hand in zip(self.segments, self.hands, strict=True):
-            local = flat[segment.begin : segment.end].view_as(segment.parameter)
-            if hand == rank:
-                mine.append((segment.shard.dim, local, start_all_gather(local.to(self.dtype)[None], tp)))
+        for segments, hand in zip(self.parameters, self.hands, strict=True):
+            local = flat[segments[0].begin : segments[-1].end].view_as(segments[0].parameter)
+            if hand == mesh.shards.rank:
+                parts = start_all_gather(local.to(self.dtype)[None], mesh.tp)
+                mine.append(([s.shard for s in segments], local, parts))
             else:
                 local.zero_()
-        for dim, local, gather in mine:
-            assert dim is not None
-            whole = torch.cat(gather.wait().unbind(), dim)
+        for shards, local, parts in mine:
+            whole = whole_of(parts.wait(), shards, mesh.kv.size)
             orthogonalize_(whole, o.muon_num_ns_steps, o.muon_scale)
-            local.copy_(whole.chunk(tp.size, dim)[tp.rank])
+            for shard in shards:
+                box = tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))
+                shard.held(local).copy_(whole[box])
 
     def _give_back(self, flat: Tensor, owned_grad: Tensor) -> None:
         """Each entry was made by one shard: their sum brings it to its owner."""

@@ -46,7 +46,7 @@ class Pipeline:
         self.pp, self.schedule, self.placement = pp, schedule, placement
         self.shape, self.dtype, self.head_dtype, self.device = shape, dtype, head_dtype, device
         self.weight_gradients = weight_gradients
-        self.last_rank = placement.owner(placement.stages * placement.chunks - 1)[0]
+        self.last_rank = placement.owner(placement.last)[0]
         self._programs: dict[tuple[int, bool], Program] = {}
 
     def program(self, microbatches: int, backward: bool) -> Program:

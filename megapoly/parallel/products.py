@@ -37,7 +37,8 @@ def gathered_product(
         a_TK = start_all_gather(a_tK, place.tp).wait()
         return _product(a_TK, b_KN, place, bias_N, is_gradient), a_TK
     ranks, tokens = place.tp.size, len(a_tK)
-    y_RtN = a_tK.new_empty((ranks, tokens, b_KN.shape[1]))
+    y_TN = a_tK.new_empty((ranks * tokens, b_KN.shape[1]))  # no view: attention may rotate it in place
+    y_RtN = y_TN.unflatten(0, (ranks, tokens))
     a_RtK = a_tK.new_empty((ranks, *a_tK.shape)) if keeps else None
     b_RKN = b_KN.expand(ranks, -1, -1)
     spans = _spans(tokens)
@@ -52,7 +53,7 @@ def gathered_product(
             torch.baddbmm(bias_N, a_RnK, b_RKN, out=y_RtN[:, span])
         if a_RtK is not None:
             a_RtK[:, span] = a_RnK
-    return y_RtN.flatten(0, 1), None if a_RtK is None else a_RtK.flatten(0, 1)
+    return y_TN, None if a_RtK is None else a_RtK.flatten(0, 1)
 
 
 def summed_product(a_Tk: Tensor, b_kN: Tensor, place: Placement, *, is_gradient: bool = False) -> Pending:

@@ -31,18 +31,20 @@ def hash_bits(x: Tensor) -> Tensor:
 def check_replicas(buffers: FlatBuffers, step: int) -> None:
     """Compare the parameters' bits over everyone who holds them too; waits for the device.
 
-    These are the replicas, for parameters that tensor parallelism does not split its ranks, and for a tied matrix the
-    ends of the pipeline. Raises ReplicaError on one rank and Echo on all others: it names who differs, and where.
+    These are the replicas; tensor-parallel ranks for what they do not split, or the key/value heads that they share;
+    the ends of the pipeline for a tied matrix. Raises ReplicaError on one rank, with who differs and in what, and Echo
+    on all others.
     """
     buffers.wait_params()
     mesh = buffers.mesh
-    hash_of = {s.name: hash_bits(s.parameter) for s in buffers.segments}
+    hash_at = {s.begin: hash_bits(buffers.params[s.begin : s.end]) for s in buffers.segments}
     holders = [
         (mesh.replicas, buffers.segments),
         (mesh.tp, [s for s in buffers.segments if s.shard.dim is None]),
+        (mesh.kv, [s for s in buffers.segments if s.shard.is_copied]),
         (mesh.embedding, [s for s in buffers.segments if buffers.tied and s.name == WORD]),
     ]
-    alike = [(axis, torch.stack([hash_of[s.name] for s in held]), held) for axis, held in holders if held]
+    alike = [(axis, torch.stack([hash_at[s.begin] for s in held]), held) for axis, held in holders if held]
     differs = torch.stack([_differs(hashes_P, axis) for axis, hashes_P, _ in alike])
     first = torch.where(differs.any(), mesh.world.rank, mesh.world.size)
     speaker = int(all_reduce_(first, mesh.world, dist.ReduceOp.MIN))
@@ -74,7 +76,7 @@ def _describe(held: list[Segment], hashes_P: Tensor, axis: Axis, rank: int) -> s
     has_majority = 2 * column.count(usual) > axis.size
     odd = [number for number, found in zip(ranks, column, strict=True) if found != usual or not has_majority]
     who = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
-    than = f"the majority of ranks {', '.join(map(str, ranks))}" if has_majority else "each other"
+    than = f"most of the {axis.size} ranks that hold the same" if has_majority else "each other"
     more = f" and {len(different) - 1} more" if len(different) > 1 else ""
     verb = "differs" if len(odd) == 1 else "differ"
     return f"{who} {verb} from {than} in the bits of '{held[different[0]].name}'{more}"

@@ -15,6 +15,9 @@ Kind = Literal["F", "H", "B", "I", "W"]
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "1f1b-vocab")
 
 
+_STEPS = {"F": 1, "B": -1, "I": -1}  # from stage to stage
+
+
 class ScheduleError(ConfigError, ValueError):
     """A schedule that does not exist for the numbers given; the message names them and the nearest that work."""
 
@@ -28,7 +31,7 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Activations (for an 'F') or gradients (for a 'B') on their way from a rank to a chunk of a rank."""
+    """Activations (for an 'F') or gradients (for a 'B') on their way to a chunk of a rank; or ranks that meet ('H')."""
 
     source: int
     target: int
@@ -37,7 +40,7 @@ class Message(NamedTuple):
     microbatch: int
 
     def __str__(self) -> str:
-        what = "activations" if self.kind == "F" else "gradients"
+        what = {"F": "activations", "B": "gradients", "H": "a part of the head"}[self.kind]
         return f"{what} of micro-batch {self.microbatch} from rank {self.source} to chunk {self.chunk} of {self.target}"
 
 
@@ -49,12 +52,17 @@ class Placement(NamedTuple):
     folded: bool = False
 
     @property
+    def last(self) -> int:
+        """The last global stage; the first is 0."""
+        return self.stages * self.chunks - 1
+
+    @property
     def ends_apart(self) -> bool:
         """Whether the first and the last global stage are on different ranks."""
-        return self.owner(0)[0] != self.owner(self.stages * self.chunks - 1)[0]
+        return self.owner(0)[0] != self.owner(self.last)[0]
 
     def stage_of(self, rank: int, chunk: int) -> int:
-        """The global stage, from 0 to stages x chunks - 1."""
+        """The global stage of a chunk."""
         position = self.stages - 1 - rank if self.folded and chunk % 2 else rank
         return chunk * self.stages + position
 
@@ -63,33 +71,20 @@ class Placement(NamedTuple):
         chunk, position = divmod(stage, self.stages)
         return (self.stages - 1 - position if self.folded and chunk % 2 else position), chunk
 
-    def source(self, rank: int, action: Action) -> tuple[int, int] | None:
-        """The rank and chunk whose activations (of F) or gradients (of B, I) an action takes; None: it needs none."""
-        return self._neighbour(rank, action, {"F": -1, "B": 1, "I": 1})
-
-    def target(self, rank: int, action: Action) -> tuple[int, int] | None:
-        """The rank and chunk that take what an action makes; None: nobody."""
-        return self._neighbour(rank, action, {"F": 1, "B": -1, "I": -1})
-
     def taken(self, rank: int, action: Action) -> Message | None:
-        """The message that an action begins with, from another rank or from a chunk of this one."""
-        source = self.source(rank, action)
-        if source is None:
+        """The message that an action begins with, from another rank or from a chunk of this one; None: none."""
+        stage = self.stage_of(rank, action.chunk) - _STEPS.get(action.kind, self.last + 1)
+        if not 0 <= stage <= self.last:
             return None
-        return Message(source[0], rank, "F" if action.kind == "F" else "B", action.chunk, action.microbatch)
+        return Message(self.owner(stage)[0], rank, "F" if action.kind == "F" else "B", action.chunk, action.microbatch)
 
     def sent(self, rank: int, action: Action) -> Message | None:
-        """The message that an action ends in, to another rank or to a chunk of this one."""
-        target = self.target(rank, action)
-        if target is None:
+        """The message that an action ends in, to another rank or to a chunk of this one; None: none."""
+        stage = self.stage_of(rank, action.chunk) + _STEPS.get(action.kind, self.last + 1)
+        if not 0 <= stage <= self.last:
             return None
-        return Message(rank, target[0], "F" if action.kind == "F" else "B", target[1], action.microbatch)
-
-    def _neighbour(self, rank: int, action: Action, steps: dict[str, int]) -> tuple[int, int] | None:
-        if action.kind not in steps:
-            return None
-        stage = self.stage_of(rank, action.chunk) + steps[action.kind]
-        return self.owner(stage) if 0 <= stage < self.stages * self.chunks else None
+        target, chunk = self.owner(stage)
+        return Message(rank, target, "F" if action.kind == "F" else "B", chunk, action.microbatch)
 
 
 def placement_for(name: str, stages: int, chunks: int = 1) -> Placement:

@@ -29,12 +29,14 @@ from megapoly.parallel.timeline import (
     simulate,
 )
 
-# How long a rank stays in an exchange, every send being a rendezvous (done when its receive has been posted):
-# "executor": until the receives are done, and the oldest sends if more than 2 x stages are open (Pipeline._exchange);
-# "batch":    until all are done, posted together (NCCL, whose batches follow each other on one stream);
-# "blocking": each transfer until it is done, one by one in the order listed.
-Manner = Literal["executor", "batch", "blocking"]
-MANNERS: tuple[Manner, ...] = ("executor", "batch", "blocking")
+# A gap's transfers are one batch. A rank's batches begin one after the other, each when the one before is done (so NCCL
+# has them on its stream; gloo begins them all at once, which can only be quicker), and every send is a rendezvous, done
+# when its receive has begun. A rank goes on
+# "executor": when the batch with what the next action takes is done, and those with all sends but the last 2 x stages
+#             (Pipeline.run);
+# "blocking": when all so far are done, each transfer being a batch of its own.
+Manner = Literal["executor", "blocking"]
+MANNERS: tuple[Manner, ...] = ("executor", "blocking")
 MOST_HELD = 2
 AGAINST = {"F": "F", "H": "H", "B": "BIW", "I": "BI", "W": "BW"}  # what an action must not come after
 
@@ -66,10 +68,9 @@ def check_schedule(name: str, stages: int, chunks: int, microbatches: int, costs
 
 def check_lists(lists: Lists, placement: Placement, microbatches: int, costs: Costs | None = None) -> Timeline:
     """Prove any lists: complete, in order, free of deadlock even where all transfers block, few buffers."""
-    last, head = placement.owner(placement.stages * placement.chunks - 1)
+    shares = any(action.kind == "H" for actions in lists for action in actions)
     for rank, actions in enumerate(lists):
-        has_head = any(action.kind == "H" for action in lists[last]) and rank == last
-        check_complete(actions, rank, placement.chunks, microbatches, head if has_head else None)
+        check_complete(actions, rank, placement.chunks, microbatches, shares)
     timeline = simulate(lists, placement, costs)
     exchanges = planned(lists, placement)
     for manner in MANNERS:
@@ -81,12 +82,10 @@ def check_lists(lists: Lists, placement: Placement, microbatches: int, costs: Co
     return timeline
 
 
-def check_complete(
-    actions: Sequence[Action], rank: int, chunks: int, microbatches: int, head: int | None = None
-) -> None:
+def check_complete(actions: Sequence[Action], rank: int, chunks: int, microbatches: int, shares: bool = False) -> None:
     """Each (chunk, micro-batch) has one forward, then either one B or one I and later one W.
 
-    `head`: the chunk whose backward begins with what H has made, on the rank that has it.
+    If the ranks share the head, each micro-batch has one H, between its forward and its backward.
     """
     done: set[tuple[str, int, int]] = set()
 
@@ -101,9 +100,9 @@ def check_complete(
             problem = f"there are {microbatches} micro-batches and {chunks} chunks, counted from 0"
         elif seen(action, AGAINST[action.kind]):
             problem = "comes twice"
-        elif action.kind in "BI" and not seen(action, "F"):
+        elif action.kind in "HBI" and not seen(action, "F"):
             problem = "comes before its forward"
-        elif action.kind in "BI" and action.chunk == head and ("H", action.microbatch, 0) not in done:
+        elif action.kind in "BI" and shares and ("H", action.microbatch, 0) not in done:
             problem = "comes before its H"
         elif action.kind == "W" and not seen(action, "I"):
             problem = "comes before its input gradient (I)"
@@ -111,7 +110,7 @@ def check_complete(
             raise InvalidSchedule(rank, position, name_of(action), problem)
         done.add(action)
     for action in (Action("F", i, chunk) for i in range(microbatches) for chunk in range(chunks)):
-        for kinds in ("F", "BI", "BW"):
+        for kinds in ("F", "BI", "BW", *("H" if shares and action.chunk == 0 else "")):
             if not seen(action, kinds):
                 missing = f"{' or '.join(kinds)}{name_of(action)[1:]}"
                 raise InvalidSchedule(rank, len(actions), missing, "is missing")
@@ -176,11 +175,9 @@ class _Walk:
                 goes += [len(self.batches) for sends, _ in batch if sends]
             taken = placement.taken(rank, actions[self.gap]) if self.gap < len(actions) else None
             if self.gap < len(actions) and actions[self.gap].kind == "H":  # every rank meets every other
-                others = [other for other in range(placement.stages) if other != rank]
-                i = actions[self.gap].microbatch
-                goes_and_comes = [(True, Message(rank, other, "H", 0, i)) for other in others]
-                goes_and_comes += [(False, Message(other, rank, "H", 0, i)) for other in others]
-                self.batches.append([Transfer(*way) for way in goes_and_comes])
+                others, what = set(range(placement.stages)) - {rank}, ("H", 0, actions[self.gap].microbatch)
+                meeting = [Transfer(True, Message(rank, other, *what)) for other in others]
+                self.batches.append(meeting + [Transfer(False, Message(other, rank, *what)) for other in others])
             if taken is not None and taken.source != rank and taken not in comes:
                 self.fail(f"takes {taken}, which has not been received")
             needed = len(self.batches)
@@ -271,16 +268,17 @@ def expected_peak(name: str, rank: int, stages: int, chunks: int, microbatches: 
 def expected_bubble(name: str, stages: int, chunks: int, microbatches: int, costs: Costs) -> tuple[str, float | None]:
     """The published bubble, as a formula and a number, or why there is none (then the simulated one is what is known).
 
-    GPipe, 1F1B, interleaved: arXiv 2104.04473 section 2.2; ZB-H1, ZB-V: arXiv 2401.10241 table 2 and section 6.
+    GPipe, 1F1B, to which sharing the head adds nothing, interleaved: arXiv 2104.04473 section 2.2; ZB-H1, ZB-V: arXiv
+    2401.10241 table 2 and section 6.
     """
     forward, input_grad, weight_grad = costs[:3]
-    if name == "1f1b-vocab":
-        return "none with a shared head", None
     if stages == 1:
         return "0", 0.0
     if costs.latency or costs.shares:
         return "none for uneven stages or with latency", None
-    if name in ("gpipe", "1f1b") or (chunks == 1 and name == "interleaved"):
+    if name == "1f1b-vocab" and forward > input_grad + weight_grad:
+        return "none for F > I+W", None
+    if name in ("gpipe", "1f1b", "1f1b-vocab") or (chunks == 1 and name == "interleaved"):
         return "(p-1)(F+I+W)", (stages - 1) * costs.whole
     if name != "gpipe" and microbatches < stages:
         return "none for fewer micro-batches than stages", None

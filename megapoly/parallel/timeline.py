@@ -1,14 +1,12 @@
-"""When the actions of a schedule happen: simulation, the exchanges between actions, and a drawing as text or PNG."""
+"""When the actions of a schedule happen, by simulation, and what ranks exchange between them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from megapoly.errors import ConfigError
 from megapoly.parallel.schedule import Action, Message, Placement
 
 Lists = Sequence[Sequence[Action]]  # the actions of each rank
-WIDEST_ROW = 20_000  # characters
-COLOURS = {"F": "#4c78a8", "H": "#e45756", "B": "#f58518", "I": "#54a24b", "W": "#b279a2"}
 
 
 class InvalidSchedule(ValueError):
@@ -109,9 +107,8 @@ def simulate(lists: Lists, placement: Placement, costs: Costs | None = None) -> 
 def _simulate(
     lists: Lists, placement: Placement, cost: Callable[[int, Action], float], latency: float = 0.0
 ) -> Timeline:
-    made: dict[tuple[int, int, bool, int], float] = {}  # rank, chunk, whether forward, micro-batch -> when
-    last = placement.owner(placement.stages * placement.chunks - 1)
-    met: dict[int, dict[int, float]] = {}  # micro-batch -> since when each rank is ready for its H
+    made: dict[Message, float] = {}
+    met: dict[int, dict[int, float]] = defaultdict(dict)  # micro-batch -> since when each rank has been ready for its H
     events: list[list[Event]] = [[] for _ in lists]
     clocks = [0.0] * len(lists)
     moved = True
@@ -119,30 +116,27 @@ def _simulate(
         moved = False
         for rank, actions in enumerate(lists):
             while len(events[rank]) < len(actions):
-                kind, microbatch, chunk = action = actions[len(events[rank])]
-                start = clocks[rank]
-                if (source := placement.source(rank, action)) is not None:
-                    at = made.get((*source, kind == "F", microbatch))
-                    if at is None:
+                action, start = actions[len(events[rank])], clocks[rank]
+                if (taken := placement.taken(rank, action)) is not None:
+                    if taken not in made:
                         break
-                    start = max(start, at + (latency if source[0] != rank else 0.0))
-                if kind == "H":
-                    ready = met.setdefault(microbatch, {})
+                    start = max(start, made[taken] + (latency if taken.source != rank else 0.0))
+                if action.kind == "H":
+                    ready = met[action.microbatch]
                     ready[rank] = start
-                    if len(ready) < len(lists) or (*last, True, microbatch) not in made:
+                    if len(ready) < len(lists):
                         break
-                    start = max(*ready.values(), made[*last, True, microbatch] + (latency if len(lists) > 1 else 0.0))
+                    start = max(ready.values()) + (latency if len(lists) > 1 else 0.0)
                 clocks[rank] = start + cost(rank, action)
                 events[rank].append(Event(action, start, clocks[rank]))
-                if kind in "FBI":
-                    made[rank, chunk, kind == "F", microbatch] = clocks[rank]
+                if (sent := placement.sent(rank, action)) is not None:
+                    made[sent] = clocks[rank]
                 moved = True
     for rank, actions in enumerate(lists):
         if (position := len(events[rank])) < len(actions):
-            action = actions[position]
-            source = placement.source(rank, action)
-            problem = f"waits for ever for what {f'rank {source[0]} makes' if source else 'all ranks do together'}"
-            raise InvalidSchedule(rank, position, name_of(action), problem)
+            taken = placement.taken(rank, actions[position])
+            problem = f"waits for ever for {taken or 'what all ranks do together'}"
+            raise InvalidSchedule(rank, position, name_of(actions[position]), problem)
     return Timeline(events)
 
 
@@ -174,57 +168,3 @@ def planned(lists: Lists, placement: Placement) -> Exchanges:
 def name_of(action: Action) -> str:
     """An action in words."""
     return f"{action.kind} of micro-batch {action.microbatch}, chunk {action.chunk}"
-
-
-def draw_text(timeline: Timeline) -> str:
-    """One row a rank, time to the right: kind, micro-batch and, of several, the chunk as a letter; idle: dots."""
-    chunks = max(event.action.chunk for events in timeline.ranks for event in events) + 1
-    label = {event.action: _label(event.action, chunks) for events in timeline.ranks for event in events}
-    shortest = min(end - start for events in timeline.ranks for _, start, end in events)
-    scale = min((max(map(len, label.values())) + 1) / shortest, WIDEST_ROW / timeline.makespan)
-    rows = []
-    for rank, events in enumerate(timeline.ranks):
-        row = ["."] * round(timeline.makespan * scale)
-        for action, start, end in events:
-            begin, width = round(start * scale), round(end * scale) - round(start * scale)
-            row[begin : begin + width] = (label[action][: width - 1].ljust(width - 1, "-") + " ")[:width]
-        rows.append(f"rank {rank:>{len(str(len(timeline.ranks) - 1))}} |{''.join(row)}|")
-    return "\n".join(rows)
-
-
-def _label(action: Action, chunks: int) -> str:
-    letter = chr(ord("a") + action.chunk % 26) if chunks > 1 else ""
-    return f"{action.kind}{action.microbatch}{letter}"
-
-
-def draw_png(timeline: Timeline, title: str, path: str) -> None:
-    """The same as a picture; the chunks of a rank are shades of a colour."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise ConfigError(f"{path}: drawing needs matplotlib; pip install matplotlib") from None
-    ranks = len(timeline.ranks)
-    chunks = max(event.action.chunk for events in timeline.ranks for event in events) + 1
-    numbered = max(map(len, timeline.ranks)) <= 150
-    figure = Figure(figsize=(16, 1.2 + 0.45 * min(ranks, 64)), layout="constrained")
-    axes = figure.add_subplot()
-    for rank, events in enumerate(timeline.ranks):
-        for kind, colour in COLOURS.items():
-            for chunk in range(chunks):
-                bars = [(s, e - s) for (k, _, c), s, e in events if (k, c) == (kind, chunk)]
-                axes.broken_barh(
-                    bars, (rank - 0.45, 0.9), facecolors=colour, alpha=1 - 0.6 * chunk / chunks,
-                    edgecolor="white", linewidth=0.4 if numbered else 0.0,
-                )  # fmt: skip
-        for action, start, end in events if numbered else ():
-            axes.text((start + end) / 2, rank, str(action.microbatch), ha="center", va="center", fontsize=6)
-    for kind in sorted({event.action.kind for events in timeline.ranks for event in events}, key="FHBIW".index):
-        axes.broken_barh([], (0, 0), facecolors=COLOURS[kind], label=kind)
-    axes.set(xlim=(0, timeline.makespan), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None

@@ -13,6 +13,7 @@ from tiny_runs import tiny_config, tiny_prepared
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.generate.sample import load_model
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
@@ -148,6 +149,27 @@ def test_neither_shards_nor_instances_nor_buckets_are_in_a_checkpoint(
         assert loaded.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("saves_shared", [True, False])
+def test_a_head_shared_by_pipeline_ranks_is_in_no_checkpoint(saves_shared: bool, tmp_path: Path) -> None:
+    def on(tp: int, pp: int, shares: bool) -> tuple[Config, dict[str, Any]]:
+        cfg = tiny_config(
+            tmp_path, "llama", 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            pipeline_vocab_parallel=shares,
+        )  # fmt: skip
+        return cfg, {"tp": tp, "pp": pp, "shares_vocab": shares}
+
+    cfg, ranks = on(2, 2, saves_shared)
+    expected = run_ranks(run_to_end, cfg, **ranks)[0]
+    assert expected["model.head.weight"].shape == (1003, 144)
+    for layout in ((1, 3, not saves_shared), (1, 1, False), (1, 2, True)):
+        cfg, ranks = on(*layout)
+        loaded = run_ranks(load_state, cfg, **ranks)[0]
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), name
+    assert load_model(CheckpointReader.open(tmp_path / "run")).head_weight.shape[0] >= 1003
 
 
 def test_padding_is_never_on_disk(tmp_path: Path) -> None:

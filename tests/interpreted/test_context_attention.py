@@ -50,6 +50,7 @@ class Case:
     groups: int = 1
     queries: int = 1
     rotary_dim: int = 0
+    scale: float | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -94,7 +95,7 @@ def of_all_ranks(case: Case, qkv_TF: Tensor, upstream_ThK: Tensor, backend: str)
         own_t = local.own_t.long()
         leaf = qkv_TF[own_t].clone().requires_grad_()
         exchange = WholeKeys(rotated_keys(qkv_TF), own_t, sums_TF)
-        out = context_attention(leaf, shape, local, exchange, *table, backend=backend)
+        out = context_attention(leaf, shape, local, exchange, *table, scale=case.scale, backend=backend)
         (d_qkv_TF[own_t],) = (x.double() for x in torch.autograd.grad(out, leaf, upstream_ThK[own_t]))
         out_ThK[own_t] = out.detach()
     # The sums are those of rotated keys: turn them back by the transpose, which autograd has.
@@ -109,7 +110,9 @@ def check(case: Case, backend: str = "triton") -> None:
     upstream = random(case.tokens, case.groups * case.queries, case.head_dim, seed=2, dtype=torch.bfloat16)
     out, d_qkv = of_all_ranks(case, qkv_TF, upstream.to(case.dtype), backend)
     wide = qkv_TF.double().requires_grad_()
-    expected = rotary_attention(wide, case.shape, case.sequences, *case.table(torch.float64), backend="sdpa")
+    expected = rotary_attention(
+        wide, case.shape, case.sequences, *case.table(torch.float64), scale=case.scale, backend="sdpa"
+    )
     close(out, expected)
     (wanted,) = torch.autograd.grad(expected, wide, upstream.double())
     for a, b in zip(case.shape.split(d_qkv.to(case.dtype)), case.shape.split(wanted), strict=True):
@@ -121,7 +124,7 @@ CASES = [
     Case(ranks=3, length=138, rotary_dim=64),
     Case(batch=3, length=36, queries=3),
     Case(batch=2, length=128, rotary_dim=32),  # chunks that end where tiles do
-    Case(length=64, head_dim=16),
+    Case(length=64, head_dim=16, scale=1 / 16),
     Case(documents=(1, 40, 1, 30, 23, 1), rotary_dim=64),
     Case(ranks=3, batch=2, length=78, documents=(78, 3, 1, 44, 30), groups=2, queries=2, rotary_dim=64),
     Case(ranks=3, length=198, head_dim=80, documents=(97, 101)),

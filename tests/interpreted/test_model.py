@@ -13,7 +13,7 @@ from megapoly.model.transformer import Transformer
 from megapoly.parallel.mesh import Axis
 from megapoly.parallel.stage import Stage
 from megapoly.parallel.tensor import Placement
-from megapoly.sections import Config, ModelConfig
+from megapoly.sections import Config, ModelConfig, TrainConfig
 
 CPU = torch.device("cpu")
 PLACE = Placement(Axis("tp"), sequence_parallel=False, dtype=torch.float32, device=CPU)
@@ -22,10 +22,11 @@ KERNELS = Backends("triton", "triton", "triton", "triton", "triton", source="thi
 VOCAB = 211
 
 
-def loss_and_gradients(m: ModelConfig, backends: Backends) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    model = Transformer(
-        Config(model=m), VOCAB, Stage(0, m.num_layers, has_embedding=True, has_head=True), PLACE, backends
-    )
+def loss_and_gradients(
+    m: ModelConfig, backends: Backends, granularity: str | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    cfg = Config(model=m, train=TrainConfig(recompute_granularity=granularity))
+    model = Transformer(cfg, VOCAB, Stage(0, m.num_layers, has_embedding=True, has_head=True), PLACE, backends)
     initialize(model, seed=3)
     tokens_BS = torch.randint(VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
     mask_BS = torch.ones(2, 16)
@@ -47,6 +48,16 @@ def test_the_model_gives_the_references_answer(family: str) -> None:
     for name, gradient in gradients.items():
         # A gradient that is zero in theory (GPT-2's key bias) is bounded against all of them.
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-7 * whole, name
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_what_is_redone_on_the_kernels_gives_the_same_bits(granularity: str) -> None:
+    m = ModelConfig(**(FAMILIES["llama"] | {"num_layers": 2}))
+    expected, _, expected_gradients = loss_and_gradients(m, KERNELS)
+    objective, _, gradients = loss_and_gradients(m, KERNELS, granularity)
+    assert torch.equal(objective, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[name]), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,12 +14,14 @@ from torch import Tensor
 SHAPE = HeadShape(groups=2, queries=2, head_dim=8)
 
 
-def flash_attn_func(q_BthK: Tensor, k_BSgK: Tensor, v_BSgK: Tensor, *, causal: bool) -> Tensor:
+def flash_attn_func(
+    q_BthK: Tensor, k_BSgK: Tensor, v_BSgK: Tensor, *, causal: bool, softmax_scale: float | None
+) -> Tensor:
     """[batch, tokens, heads, head_dim]; the causal mask ends at the bottom right."""
     rows, keys = q_BthK.shape[1], k_BSgK.shape[1]
     mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows) if causal else None
     q, k, v = (x.transpose(1, 2) for x in (q_BthK, k_BSgK, v_BSgK))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks_by_flash_attn(flash: None) -> None:
     batch, length = 2, 48
     qkv_TF = torch.randn(batch * length, 2 * 4 * 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = rotary_attention(qkv_TF, SHAPE, Sequences(length))
+    expected = rotary_attention(qkv_TF, SHAPE, Sequences(length), scale=0.3)
     kv_TF = qkv_TF.unflatten(-1, (2, 4, 8))[:, :, 2:].flatten(1)
     for rank in range(3):
         local = LocalChunks.of(Sequences(length), batch, length, (rank, 5 - rank), 6, torch.device("cpu"))
-        out = context_attention(qkv_TF[local.own_t], SHAPE, local, Copies(kv_TF), backend="flash_attn")
+        out = context_attention(qkv_TF[local.own_t], SHAPE, local, Copies(kv_TF), scale=0.3, backend="flash_attn")
         torch.testing.assert_close(out, expected[local.own_t], rtol=1e-12, atol=1e-12)
 
 

@@ -1,5 +1,6 @@
 """What recomputation keeps: exactly the inputs of what is redone; and how a redone function behaves in a graph."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from megapoly_kernels import choose
 from tiny_runs import model_config
 from torch import Tensor
 
+from megapoly.checks import check_recompute
+from megapoly.errors import ConfigError
 from megapoly.model.init import initialize
 from megapoly.model.offload import HostMemory
 from megapoly.model.recompute import redone, redone_groups, remade
@@ -126,26 +129,26 @@ def counted(fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], tuple[Te
     return call, calls
 
 
-@pytest.mark.parametrize("reads", ["before", "after", "never"])
-def test_a_function_is_redone_once_whenever_its_output_is_read(reads: str) -> None:
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_function_is_redone_once_for_its_backward_and_who_reads_its_output(is_read: bool) -> None:
     fn, calls = counted(lambda x: x.sin())
     x = torch.linspace(-1, 1, 7, requires_grad=True)
     (y,), remake = remade(fn, x * 1)
     assert remake is not None
-    seen = [remake()] if reads == "before" else []
+    again = remake() if is_read else y
     y.backward(torch.ones(7))
-    if reads == "after":
-        seen.append(remake())
     assert calls == [False, True]
-    assert torch.equal(x.grad, x.detach().cos()) and all(torch.equal(again, y) for again in seen)
+    assert torch.equal(x.grad, x.detach().cos()) and torch.equal(again, y)
 
 
 def test_without_gradients_nothing_is_kept_or_redone() -> None:
     fn, calls = counted(lambda x: x.sin())
+    host = HostMemory(CPU)
     with torch.no_grad():
         (y,), remake = remade(fn, torch.ones(3))
-        (z,) = redone(fn, torch.ones(3))
+        (z,) = redone(fn, torch.ones(3), host=host)
     assert remake is None and y.grad_fn is None and z.grad_fn is None and calls == [False, False]
+    assert host.num_buffers == 0
 
 
 def test_parameters_learn_behind_an_input_that_wants_no_gradient() -> None:
@@ -166,3 +169,16 @@ def test_host_memory_is_used_again_and_bounded_by_what_is_in_flight() -> None:
         for item in next_parked:
             item.fetch()
     assert host.num_buffers == 3
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"recompute_num_layers": 0}, "recompute_num_layers (0) must be positive"),
+        ({"recompute_modules": ["core_attn", "mlp"]}, "must be some of core_attn, layernorm, mlp_act"),
+        ({"cpu_offloading": True}, "cpu_offloading needs recompute_granularity full (it is None)"),
+    ],
+)
+def test_what_would_not_be_redone_as_asked_is_refused(train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_recompute(TrainConfig(**train))

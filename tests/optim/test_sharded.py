@@ -21,7 +21,7 @@ from megapoly.sections import Config, OptimizerConfig
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
-    return normal_shard(shape, 1.0, step, name, None, 0, 0)
+    return normal_shard(shape, 1.0, step, name, (0,) * len(shape), shape)
 
 
 def three_steps(mesh: Mesh, cfg: Config) -> tuple[dict, dict, float]:

@@ -17,6 +17,7 @@ from megapoly.data.batch import Batch
 from megapoly.errors import ConfigError
 from megapoly.parallel.context import KeyExchange, chunks_of, local_batch
 from megapoly.parallel.mesh import Axis, Mesh
+from megapoly.sections import Config
 
 CPU = torch.device("cpu")
 SHAPE = HeadShape(groups=2, queries=3, head_dim=16)
@@ -31,11 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("family", "cp", "tp", "pp", "dp", "options"),
     [
         ("gpt2", 2, 1, 1, 1, {}),
-        ("llama", 4, 1, 1, 1, {}),
+        ("llama", 4, 1, 1, 1, {"recompute_granularity": "selective"}),
         ("gpt_neox", 2, 2, 1, 1, {"sequence_parallel": True}),
-        ("llama", 2, 2, 2, 1, {"sequence_parallel": True}),
+        ("llama", 2, 2, 2, 1, {"sequence_parallel": True, "pipeline_schedule": "zb-h1"}),
         ("gpt2", 2, 2, 1, 2, {"sequence_parallel": True, "micro_batch_size": 2}),
-        ("gpt_neox", 4, 1, 2, 1, {"micro_batch_size": 2}),
+        ("gpt_neox", 4, 1, 2, 1, {"micro_batch_size": 2, "recompute_granularity": "full"}),
     ],
 )
 def test_every_layout_trains_like_one_process(
@@ -47,6 +48,14 @@ def test_every_layout_trains_like_one_process(
     )  # fmt: skip
     for of_rank in run_ranks(steps_of, cfg, cp=cp, tp=tp, pp=pp, dp=dp):
         assert_same_training(of_rank, reference(family, folder))
+
+
+def test_the_scale_of_mup_is_kept(folder: Path) -> None:
+    def cfg(**layout: int) -> Config:
+        return tiny_config(folder, "llama", STEPS, use_mup=True, mup_base_hidden_size=36, **layout)
+
+    alone = run_ranks(steps_of, cfg())[0]
+    assert_same_training(run_ranks(steps_of, cfg(context_parallel_size=2), cp=2)[1], alone)
 
 
 def local_chunks(sequences: Sequences, batch: int, length: int, cp: Axis) -> LocalChunks:

@@ -13,7 +13,8 @@ from tiny_runs import keep_first_gradients, tiny_config, tiny_run
 from torch import Tensor
 
 from megapoly.checkpoint.state import pieces, training_state
-from megapoly.optim.sharded import ShardedAdamW
+from megapoly.optim.groups import Rules
+from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.buckets import ALIGNMENT, WORD, Bucket
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.mesh import Mesh
@@ -330,7 +331,7 @@ def equal_parameters(mesh: Mesh, cfg: Config, frozen: str) -> None:
     for segment in run.buffers.segments:
         if frozen and frozen in segment.name:
             segment.parameter.requires_grad_(False)
-    run = dataclasses.replace(run, optimizer=ShardedAdamW(run.buffers, cfg.optimizer))
+    run = dataclasses.replace(run, optimizer=ShardedOptimizer(run.buffers, Rules(cfg.optimizer, cfg.model)))
     before = run.buffers.params.clone()
     for step in range(1, STEPS + 1):
         train_step(run, step)

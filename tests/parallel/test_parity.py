@@ -19,13 +19,13 @@ LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2,
 CELLS = [(*layout, sp) for layout in LAYOUTS for sp in ((False, True) if layout[0] > 1 else (False,))]
 
 
-def steps_of(mesh: Mesh, cfg: Config) -> dict[str, Any]:
+def steps_of(mesh: Mesh, cfg: Config, steps: int = STEPS) -> dict[str, Any]:
     """Initial weights, first gradients, losses and gradient norms of a short training, whole on every rank."""
     run = tiny_run(mesh, cfg)
     weights = assemble(pieces(run.buffers, {"model": training_state(run.optimizer)["model"]}, for_saving=True))
     gradients = keep_first_gradients(run)
     losses, norms, by_source = [], [], []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         stats = train_step(run, step)
         sums, counts = stats.by_source
         losses.append((sums.sum() / counts.sum()).item())

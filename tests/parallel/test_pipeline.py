@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megapoly.parallel.collectives import all_reduce_
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.parallel.pipeline import Pipeline
 from megapoly.parallel.schedule import SCHEDULES, placement_for
@@ -86,7 +87,8 @@ def one_after_the_other(stages: int, microbatches: int) -> dict[str, Tensor]:
 
 def make_pipeline(mesh: Mesh, name: str, chunks: int) -> Pipeline:
     shape, placement = (TOKENS, WIDTH), placement_for(name, mesh.pp.size, chunks)
-    return Pipeline(mesh.pp, name, placement, shape, torch.float32, mesh.device, WeightGradients())
+    head_dtype = torch.float32 if name == "1f1b-vocab" else None
+    return Pipeline(mesh.pp, name, placement, shape, torch.float32, mesh.device, WeightGradients(), head_dtype)
 
 
 def train(
@@ -105,21 +107,28 @@ def train(
         assert (hidden is None) == (numbers[chunk] == 0)
         output = parts[numbers[chunk]](xs[i] if hidden is None else hidden)
         watch(output)
-        if numbers[chunk] < last:
+        if numbers[chunk] < last or pipeline.head_dtype is not None:
             return output
         losses[i] += loss_of(output, targets[i]).detach()
         return loss_of(output, targets[i])
 
-    pipeline.run(microbatches, forward)
-    gradients = gradients_of(parts)
-    if last in numbers:
-        trained = losses.clone()
-        with torch.no_grad():
-            pipeline.run(microbatches, forward)
-        assert torch.equal(losses, 2 * trained), "evaluation gives other losses than training"
-    else:
-        with torch.no_grad():
-            pipeline.run(microbatches, forward)
+    def head(i: int, entered: Tensor) -> Tensor | None:
+        """A shared loss: each rank takes some of the columns."""
+        whole = entered.requires_grad_(torch.is_grad_enabled())
+        own = slice(mesh.pp.rank * WIDTH // mesh.pp.size, (mesh.pp.rank + 1) * WIDTH // mesh.pp.size)
+        loss = loss_of(whole[:, own], targets[i][:, own])
+        losses[i] += loss.detach()
+        if not torch.is_grad_enabled():
+            return None
+        loss.backward()
+        return all_reduce_(whole.grad, mesh.pp)
+
+    pipeline.run(microbatches, forward, head)
+    gradients, trained = gradients_of(parts), losses.clone()
+    assert (trained > 0).all() == (last in numbers or pipeline.head_dtype is not None)
+    with torch.no_grad():
+        pipeline.run(microbatches, forward, head)
+    assert torch.equal(losses, 2 * trained), "evaluation gives other losses than training"
     assert all(g is parts[int(n.split(".")[0])].get_parameter(n.split(".")[1]).grad for n, g in gradients.items())
     return gradients
 

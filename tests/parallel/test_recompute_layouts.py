@@ -21,9 +21,13 @@ MODES: dict[str, dict[str, Any]] = {
     "offloaded": {"recompute_granularity": "full", "cpu_offloading": True},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
     "tp2 sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2 zb": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zb-h1"},
+    "dp2": {},
 }
+CELLS = [(family, layout) for family in FAMILIES for layout in ("one", "tp2 sp", "pp2")]
 
 
 def trained(mesh: Mesh, cfgs: dict[str, Config]) -> dict[str, dict[str, Tensor]]:
@@ -38,13 +42,11 @@ def trained(mesh: Mesh, cfgs: dict[str, Config]) -> dict[str, dict[str, Tensor]]
     return results
 
 
-@pytest.mark.parametrize("layout", [None, *LAYOUTS])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_mode_gives_the_bits_of_none(family: str, layout: str | None, tmp_path: Path) -> None:
-    axes = LAYOUTS[layout] if layout else {}
-    modes = {"none": {}} | MODES
+@pytest.mark.parametrize(("family", "layout"), [*CELLS, ("gpt2", "pp2 zb"), ("llama", "dp2")])
+def test_every_mode_gives_the_bits_of_none(family: str, layout: str, tmp_path: Path) -> None:
+    axes, modes = LAYOUTS[layout], {"none": {}} | MODES
     cfgs = {mode: tiny_config(tmp_path, family, 2, num_layers=5, **axes, **leaves) for mode, leaves in modes.items()}
-    sizes = {"tp": axes.get("tensor_model_parallel_size", 1), "pp": axes.get("pipeline_model_parallel_size", 1)}
+    sizes = {axis: 2 if layout.startswith(axis) else 1 for axis in ("tp", "pp", "dp")}
     for of_rank in run_ranks(trained, cfgs, **sizes):
         expected = of_rank.pop("none")
         assert any(name.endswith("qkv.weight") for name in expected)

@@ -49,17 +49,20 @@ def outcome(mesh: Mesh, cfg: Config, rank: int, name: str, place: int, bit: int)
     return "nothing"
 
 
+KEY = "layers.0.attention.qkv.weight"
 MLP, NORM, WORD = "layers.1.mlp.down.weight", "layers.2.mlp_norm.weight", "embedding.word.weight"
 
 
 @pytest.mark.parametrize(
     ("layout", "rank", "name", "bit", "said"),
     [
-        ({"dp": 3}, 1, MLP, 0, "rank 1 differs from the majority of ranks 0, 1, 2 in the bits of '" + MLP + "'"),
-        ({"dp": 4, "instances": 2}, 3, NORM, 15, "rank 3 differs from the majority of ranks 0, 1, 2, 3 in the bits"),
+        ({"dp": 3}, 1, MLP, 0, "rank 1 differs from most of the 3 ranks that hold the same in the bits of '" + MLP + "'"),
+        ({"dp": 4, "instances": 2}, 3, NORM, 15, "rank 3 differs from most of the 4 ranks that hold the same in the bits"),
         ({"dp": 2}, 1, MLP, 7, "ranks 0, 1 differ from each other in the bits of '" + MLP + "'"),
         ({"tp": 2, "pp": 2}, 3, NORM, 3, "ranks 2, 3 differ from each other in the bits of '" + NORM + "'"),
         ({"pp": 2, "dp": 1}, 1, WORD, 3, "ranks 0, 1 differ from each other in the bits of '" + WORD + "'"),
+        ({"tp": 4, "kv": 2}, 2, KEY, 1, "ranks 2, 3 differ from each other in the bits of '" + KEY + "'"),
+        ({"tp": 4, "kv": 2}, -1, MLP, 0, ""),
         ({"tp": 2, "dp": 2}, -1, MLP, 0, ""),
     ],
 )  # fmt: skip
@@ -68,7 +71,7 @@ def test_the_rank_with_one_wrong_bit_is_named(
 ) -> None:
     cfg = tiny_config(
         tmp_path, "gpt2", bf16=True, ddp_bucket_size=40_000, tensor_model_parallel_size=layout.get("tp", 1),
-        pipeline_model_parallel_size=layout.get("pp", 1), global_batch_size=12,
+        pipeline_model_parallel_size=layout.get("pp", 1), global_batch_size=12, num_attention_heads=8,
         num_distributed_optimizer_instances=layout.get("instances", 1),
     )  # fmt: skip
     outcomes = run_ranks(outcome, cfg, rank, name, 5, bit, **layout)

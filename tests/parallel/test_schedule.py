@@ -67,6 +67,7 @@ def listed(text: str) -> list[Action]:
         "F0a F1a F2a F0b F1b F2b B0b B1b B2b B0a B1a B2a",
         "F0a F1a F2a F0b B0b F1b B1b F2b B2b B0a B1a B2a",
     ]),
+    ("1f1b-vocab", 1, 3, ["F0 H0 F1 H1 F2 B0 H2 B1 B2", "F0 H0 B0 F1 H1 B1 F2 H2 B2"]),
     ("zb-h1", 1, 3, ["F0 F1 I0 W0 F2 I1 W1 I2 W2", "F0 I0 F1 I1 W0 F2 I2 W1 W2"]),
     ("zb-h1", 1, 1, ["F0 I0 W0", "F0 I0 W0"]),
     ("zb-v", 2, 4, [
@@ -121,12 +122,13 @@ def test_chunks_are_dealt_out_in_rounds_or_folded_into_a_v() -> None:
 
 def test_activations_go_up_the_stages_and_gradients_down() -> None:
     loop, fold = placement_for("interleaved", 3, 2), placement_for("zb-v", 3, 2)
-    assert loop.source(0, Action("F", 7)) is None and loop.target(0, Action("F", 7)) == (1, 0)
-    assert loop.target(2, Action("F", 7)) == (0, 1) and loop.target(2, Action("F", 7, 1)) is None
-    assert loop.source(2, Action("B", 7)) == (0, 1) and loop.source(2, Action("B", 7, 1)) is None
-    assert fold.target(2, Action("F", 7)) == (2, 1) and fold.target(1, Action("F", 7, 1)) == (0, 1)
-    assert fold.source(2, Action("I", 7)) == (2, 1) and fold.target(0, Action("I", 7)) is None
-    assert fold.source(1, Action("W", 7)) is None and fold.target(1, Action("W", 7)) is None
+    assert loop.taken(0, Action("F", 7)) is None and loop.sent(0, Action("F", 7)) == (0, 1, "F", 0, 7)
+    assert loop.sent(2, Action("F", 7)) == (2, 0, "F", 1, 7) and loop.sent(2, Action("F", 7, 1)) is None
+    assert loop.taken(2, Action("B", 7)) == (0, 2, "B", 0, 7) and loop.taken(2, Action("B", 7, 1)) is None
+    assert fold.sent(2, Action("F", 7)) == (2, 2, "F", 1, 7) and fold.sent(1, Action("F", 7, 1)) == (1, 0, "F", 1, 7)
+    assert fold.taken(2, Action("I", 7)) == (2, 2, "B", 0, 7) and fold.sent(0, Action("I", 7)) is None
+    for kind in ("W", "H"):
+        assert fold.taken(1, Action(kind, 7)) is None and fold.sent(1, Action(kind, 7)) is None
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

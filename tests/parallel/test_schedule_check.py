@@ -25,6 +25,7 @@ from megapoly.parallel.schedule_check import (
     held,
     peak,
 )
+from megapoly.parallel.stage import split_layers
 from megapoly.parallel.timeline import Costs, Exchanges, InvalidSchedule, Transfer, planned, simulate
 
 EVEN = Costs(12, 12, 12)  # a twelfth, so that a chunk's time is exact
@@ -52,7 +53,7 @@ def lists_of(name: str, stages: int, chunks: int, microbatches: int) -> Lists:
 
 def published_bubble(name: str, p: int, v: int, m: int, costs: Costs) -> float | None:
     f, i, w = costs[:3]
-    if name in ("gpipe", "1f1b"):
+    if name in ("gpipe", "1f1b", "1f1b-vocab"):
         return (p - 1) * (f + i + w)
     if name == "interleaved":
         return (p - 1) * (f + i + w) / v if m >= p or v == 1 else None
@@ -75,9 +76,10 @@ def test_every_schedule_runs_with_the_memory_and_bubble_published(name: str, sta
         if bubble is not None or stages == 1:
             assert report.bubble_formula == report.timeline.bubble, at
         total = sum(report.timeline.busy)
-        assert total == stages * microbatches * costs.whole, at
+        work = costs.whole + (costs.head if name == "1f1b-vocab" else 0)
+        assert total == stages * microbatches * work, at
         if name != "zb-v":
-            assert report.timeline.makespan == microbatches * costs.whole + report.timeline.bubble, at
+            assert report.timeline.makespan == microbatches * work + report.timeline.bubble, at
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -97,6 +99,7 @@ def test_peaks_of_the_papers() -> None:
     assert peaks("interleaved", 2, 8) == [11, 9, 7, 5]  # warm-up 2 (p - r - 1) + (v - 1) p, and one more
     assert peaks("interleaved", 2, 4) == [8, 8, 7, 5]  # all there are
     assert peaks("zb-h1", 1, 9) == [4, 4, 4, 4]
+    assert peaks("1f1b-vocab", 1, 9) == [6, 4, 3, 1]  # half as many again: what ranks that meet every time need
     assert peaks("zb-v", 2, 9) == [8, 8, 8, 8]  # of half stages: four whole ones, as the first rank of 1F1B
 
 
@@ -151,6 +154,7 @@ def test_any_swap_of_neighbours_on_one_rank_of_1f1b_is_found() -> None:
 
 def test_the_message_names_the_first_offending_action() -> None:
     for actions, message in (
+        ([Action("H", 0), Action("F", 0)], r"action 0 \(H of .*\): comes before its forward"),
         (
             [Action("F", 0), Action("B", 0), Action("B", 0)],
             r"rank 3, action 2 \(B of micro-batch 0, chunk 0\): comes tw",
@@ -162,7 +166,7 @@ def test_the_message_names_the_first_offending_action() -> None:
         ([Action("F", 0), Action("I", 0)], r"action 2 \(B or W of micro-batch 0, chunk 0\): is missing"),
         ([Action("F", 0)], r"action 1 \(B or I of micro-batch 0, chunk 0\): is missing"),
         ([Action("F", 1)], r"action 0 \(F of micro-batch 1, .*\): there are 1 micro-batches and 1 chunks"),
-        ([Action("X", 0)], r"the kind is none of F, B, I, W"),  # type: ignore[arg-type]
+        ([Action("X", 0)], r"the kind is none of F, H, B, I, W"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InvalidSchedule, match=message):
             check_complete(actions, 3, 1, 1)
@@ -199,7 +203,6 @@ def test_1f1b_deadlocks_if_a_send_blocks_the_receive_beside_it() -> None:
     lists = lists_of("1f1b", 2, 1, 2)
     exchanges = just_in_time(lists, Placement(2))
     check_exchanges(exchanges, lists, Placement(2), "executor")
-    check_exchanges(exchanges, lists, Placement(2), "batch")
     with pytest.raises(InvalidSchedule, match=r"rank 0, .* waits to send activations of micro-batch 1 .* 0 -> 1 -> 0"):
         check_exchanges(exchanges, lists, Placement(2), "blocking")
     check_exchanges(planned(lists, Placement(2)), lists, Placement(2), "blocking")
@@ -221,7 +224,7 @@ def test_messages_out_of_order_between_two_ranks_are_found() -> None:
         check_exchanges(just_in_time(lists, placement), lists, placement, "executor")
 
 
-@pytest.mark.parametrize("manner", ["executor", "batch", "blocking"])
+@pytest.mark.parametrize("manner", MANNERS)
 def test_a_transfer_without_its_other_end_is_found(manner: schedule_check.Manner) -> None:
     lists = lists_of("1f1b", 3, 1, 4)
     for rank, gaps in enumerate(planned(lists, Placement(3))):
@@ -242,13 +245,13 @@ def test_planned_exchanges_come_in_time_and_need_buffers_by_the_stages_only(name
         exchanges = planned(lists, placement)
         for rank, (gaps, actions) in enumerate(zip(exchanges, lists, strict=True)):
             for position, action in enumerate(actions):
-                source, target = placement.source(rank, action), placement.target(rank, action)
+                taken, sent = placement.taken(rank, action), placement.sent(rank, action)
                 key = ("F" if action.kind == "F" else "B", action.chunk, action.microbatch)
-                if source is not None and source[0] != rank:
+                if taken is not None and taken.source != rank:
                     came = [g for g, t in enumerate(gaps) for s, m in t if not s and (m.kind, *m[3:]) == key]
                     assert len(came) == 1 and came[0] <= position
-                if target is not None and target[0] != rank:
-                    key = (key[0], target[1], action.microbatch)
+                if sent is not None and sent.target != rank:
+                    key = (key[0], sent.chunk, action.microbatch)
                     went = [g for g, t in enumerate(gaps) for s, m in t if s and (m.kind, *m[3:]) == key]
                     assert went == [position + 1]
         most.append(max(held(gaps, actions) for gaps, actions in zip(exchanges, lists, strict=True)))
@@ -263,6 +266,8 @@ def test_evaluation_runs_the_forwards_without_deadlock_in_few_buffers(name: str,
         for microbatches in (1, 2, 3, stages, 2 * stages + 1, 5 * stages):
             lists = forwards_of(lists_of(name, stages, chunks, microbatches))
             wanted = sorted(Action("F", i, chunk) for i in range(microbatches) for chunk in range(chunks))
+            if name == "1f1b-vocab":
+                wanted += [Action("H", i) for i in range(microbatches)]
             assert all(sorted(actions) == wanted for actions in lists)
             exchanges = planned(lists, placement)
             for manner in MANNERS:
@@ -301,3 +306,40 @@ def test_the_simulator_knows_latency_and_uneven_stages() -> None:
     uneven = simulate(lists_of("1f1b", 2, 1, 4), Placement(2), Costs(shares=(1.0, 2.0)))
     assert uneven.busy == [12, 24] and uneven.makespan == 1 + 24 + 2
     assert check_schedule("1f1b", 2, 1, 4, Costs(latency=0.5)).bubble_formula is None
+
+
+def test_ranks_that_share_a_head_meet_in_one_order() -> None:
+    lists = lists_of("1f1b-vocab", 3, 1, 4)
+    check_lists(lists, Placement(3), 4)
+    for rank, actions in enumerate(lists):
+        first, second = actions.index(Action("H", 1)), actions.index(Action("H", 2))
+        changed = actions.copy()
+        changed[first], changed[second] = Action("H", 2), Action("H", 1)
+        with pytest.raises(InvalidSchedule):
+            check_lists([*lists[:rank], changed, *lists[rank + 1 :]], Placement(3), 4)
+
+
+def test_a_shared_head_beats_the_best_uneven_split_of_a_large_vocabulary() -> None:
+    """PolyLM 1.7B on eight stages: 24 layers and a head of 8.9, which is more than any stage should carry."""
+    stages, microbatches, layers, head = 8, 64, 24, 8.9
+    split = [float(count) for count in split_layers([1.0] * layers, 0.0, head, stages)]
+    split[-1] += head
+    alone = simulate(lists_of("1f1b", stages, 1, microbatches), Placement(stages), Costs(shares=tuple(split)))
+    shared = Costs(shares=(layers / stages,) * stages, head=3 * head / stages)
+    together = simulate(lists_of("1f1b-vocab", stages, 1, microbatches), Placement(stages), shared)
+    assert sum(alone.busy) == pytest.approx(sum(together.busy))
+    assert together.makespan < 0.5 * alone.makespan
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_a_message_must_not_be_received_behind_a_meeting_that_it_is_sent_before(manner: schedule_check.Manner) -> None:
+    lists = lists_of("1f1b-vocab", 2, 1, 3)
+    exchanges = planned(lists, Placement(2))
+    check_exchanges(exchanges, lists, Placement(2), manner)
+    meeting = lists[0].index(Action("H", 1))
+    gap = next(g for g in range(meeting + 1) for sends, message in exchanges[0][g] if not sends)
+    late = next(transfer for transfer in exchanges[0][gap] if not transfer.sends)
+    exchanges[0][gap].remove(late)
+    exchanges[0][meeting + 1].insert(0, late)
+    with pytest.raises(InvalidSchedule, match=r"takes a part of the head of .* 1 .*, but the other end has gradients"):
+        check_exchanges(exchanges, lists, Placement(2), manner)

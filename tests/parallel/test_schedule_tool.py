@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.parallel.drawing import draw_text
 from megapoly.parallel.schedule_check import check_schedule
-from megapoly.parallel.timeline import Costs, draw_text
+from megapoly.parallel.timeline import Costs
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +26,13 @@ def test_the_text_shows_every_action_at_its_time() -> None:
     assert draw_text(check_schedule("zb-v", 2, 2, 1).timeline).splitlines() == [
         "rank 0 |F0a ........F0b I0b W0b ........I0a W0a |",
         "rank 1 |....F0a F0b ........I0b W0b I0a W0a ....|",
+    ]
+
+
+def test_all_ranks_share_a_head_at_the_same_time() -> None:
+    assert draw_text(check_schedule("1f1b-vocab", 2, 1, 3).timeline).splitlines() == [
+        "rank 0 |F0 ...H0 F1 ......H1 F2 B0--- H2 B1--- B2--- |",
+        "rank 1 |...F0 H0 B0--- F1 H1 B1--- F2 H2 B2--- ......|",
     ]
 
 

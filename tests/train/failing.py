@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+from megapoly.errors import DataError
 from megapoly.train import loop
 from megapoly.train.main import main
 from megapoly.train.setup import Run
@@ -16,6 +17,8 @@ def failing_step(run: Run, step: int) -> StepStats:
         how = sys.argv[1]
         if how == "raise":
             raise ArithmeticError("the sum does not add up")
+        if how == "refuse":
+            raise DataError("a file of rank 2 is damaged")
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
     return train_step(run, step)
 

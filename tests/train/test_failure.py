@@ -25,6 +25,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def start(how: str, data: Path, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(
+            [*TORCHRUN, str(HERE / "failing.py"), how, "--data-root", str(data), *LAYOUT, *SMALL.split(), *flags],
+            cwd=folder, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("how", "minutes", "reason"),
     [
@@ -36,12 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_others_end_in_time_and_name_the_rank_and_the_collective(
     how: str, minutes: str, reason: str, data: Path, tmp_path: Path
 ) -> None:
-    flags = ["--data-root", str(data), "--run-dir", "run", "--distributed-timeout-minutes", minutes, *SMALL.split()]
-    with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen(
-            [*TORCHRUN, str(HERE / "failing.py"), how, *LAYOUT, *flags],
-            cwd=tmp_path, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    launcher = start(how, data, tmp_path, "--distributed-timeout-minutes", minutes)
     try:
         deadline = time.monotonic() + 100
         lines: list[tuple[str, ...]] = []
@@ -63,3 +66,12 @@ def test_the_others_end_in_time_and_name_the_rank_and_the_collective(
     finally:
         launcher.kill()
         launcher.wait()
+
+
+def test_what_one_rank_refuses_it_says_alone(data: Path, tmp_path: Path) -> None:
+    launcher = start("refuse", data, tmp_path)
+    assert launcher.wait(timeout=100) == 1
+    log = (tmp_path / "log").read_text()
+    assert log.count("error: a file of rank 2 is damaged") == 1 and "exitcode  : 2" in log
+    assert not re.findall(r"^rank \d \(", log, re.M), "the others have nothing to say"
+    assert "Traceback" not in log.partition("error: ")[0]
