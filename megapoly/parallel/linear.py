@@ -172,7 +172,8 @@ class ColumnParallelLinear(nn.Module):
 
         With skip_bias_add the bias is left to the next fused operation. `remake`: see column_parallel_linear.
         """
-        return self.flat(x_tH, skip_bias_add, remake).unflatten(-1, self.weight.shape[:-1])
+        y_Tf = self.flat(x_tH, skip_bias_add, remake)
+        return y_Tf if self.weight.dim() == 2 else y_Tf.view(-1, *self.weight.shape[:-1])
 
     def flat(self, x_tH: Tensor, skip_bias_add: bool = False, remake: Remake | None = None) -> Tensor:
         """The same as [all tokens, local features], which is no view of another tensor."""
