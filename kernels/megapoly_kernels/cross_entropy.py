@@ -185,7 +185,8 @@ def _grad_reference(
     grad_Tv.scatter_add_(-1, local_T[:, None], -c.confidence * is_here_T.to(grad_Tv.dtype)[:, None])
     if c.label_smoothing:
         grad_Tv -= c.smooth
-    grad_Tv[:, c.valid_rows :] = 0
+    if c.valid_rows < grad_Tv.shape[1]:
+        grad_Tv[:, c.valid_rows :] = 0
     return grad_Tv.mul_(upstream_T[:, None]).to(logits_Tv.dtype)
 
 
@@ -238,18 +239,20 @@ class Criterion:
             stats_3T = _stats(
                 logits_Tv, labels_T, self.first_row, self.valid_rows, self.ignore_index, self.confidence, self.smooth
             )
-        max_RT, sum_RT, target_RT = self._exchange(stats_3T).unbind(1)
-        top_T = max_RT.amax(0)
-        log_sum_T = top_T + (sum_RT * (max_RT - top_T).exp()).sum(0).log()
-        losses_T = log_sum_T - target_RT.sum(0)
+        if self.ranks == 1:
+            max_T, sum_T, target_T = stats_3T
+            log_sum_T = max_T + sum_T.log()
+        else:
+            max_RT, sum_RT, target_RT = self._exchange(stats_3T).unbind(1)
+            top_T, target_T = max_RT.amax(0), target_RT.sum(0)
+            log_sum_T = top_T + (sum_RT * (max_RT - top_T).exp()).sum(0).log()
+        losses_T = log_sum_T - target_T
         if self.z_loss:
             losses_T += self.z_loss * log_sum_T.square()
         return torch.where(labels_T == self.ignore_index, 0.0, losses_T), log_sum_T
 
     def _exchange(self, stats_3T: Tensor) -> Tensor:
         """All ranks' statistics, [ranks, 3, tokens]: the one exchange of this operation."""
-        if self.ranks == 1:
-            return stats_3T[None]
         gathered = stats_3T.new_empty((self.ranks, *stats_3T.shape))
         all_gather(gathered.view(-1), stats_3T.view(-1), group=self.group)
         return gathered

@@ -122,17 +122,20 @@ def rotary_reference(
     interleaved: bool = False, period: int = 1, rotated: int = 1,
 ) -> Tensor:  # fmt: skip
     """The operation in plain torch, computed in fp32."""
+    if rotated != period:
+        turned_TnK, rest_TnK = x_TNK.unflatten(1, (-1, period)).split([rotated, period - rotated], dim=2)
+        turned_TNK = rotary_reference(
+            turned_TnK.flatten(1, 2), cos_SR, sin_SR, position_T, interleaved=interleaved
+        )  # fmt: skip
+        return torch.cat([turned_TNK.unflatten(1, (-1, rotated)), rest_TnK], dim=2).flatten(1, 2)
     half = cos_SR.shape[-1]
     cos, sin = cos_SR[position_T.long(), None], sin_SR[position_T.long(), None]
     turned, rest = x_TNK.to(cos.dtype).split([2 * half, x_TNK.shape[-1] - 2 * half], dim=-1)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    out_TNK = torch.cat([turned, rest], dim=-1).to(x_TNK.dtype)
-    if rotated == period:
-        return out_TNK
-    is_rotated_N = torch.arange(x_TNK.shape[1], device=x_TNK.device) % period < rotated
-    return torch.where(is_rotated_N[:, None], out_TNK, x_TNK)
+    if interleaved:
+        return torch.cat([torch.stack(pair, dim=-1).flatten(-2), rest], dim=-1).to(x_TNK.dtype)
+    return torch.cat([*pair, rest], dim=-1).to(x_TNK.dtype)
 
 
 def rotary(
