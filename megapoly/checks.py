@@ -20,9 +20,10 @@ def check_model(m: ModelConfig) -> None:
         seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
-    for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size), ("seq_length", m.seq_length)):
-        if size > 2**24:
-            raise ConfigError(f"{name} ({size}) is beyond {2**24:,}: surely a slip")
+    for name, size, most in (("hidden_size", m.hidden_size, 2**24), ("ffn_hidden_size", m.ffn_size, 2**24),
+                             ("seq_length", m.seq_length, 2**24), ("num_layers", m.num_layers, 2**16)):  # fmt: skip
+        if size > most:
+            raise ConfigError(f"{name} ({size}) is beyond {most:,}: surely a slip")
     if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
         raise ConfigError(
             f"num_attention_heads ({m.num_attention_heads}) must divide hidden_size ({m.hidden_size}), "
