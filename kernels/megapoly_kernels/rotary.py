@@ -129,7 +129,7 @@ def rotary_reference(
         )  # fmt: skip
         return torch.cat([turned_TNK.unflatten(1, (-1, rotated)), rest_TnK], dim=2).flatten(1, 2)
     half = cos_SR.shape[-1]
-    cos, sin = cos_SR[position_T.long(), None], sin_SR[position_T.long(), None]
+    cos, sin = (table.index_select(0, position_T)[:, None] for table in (cos_SR, sin_SR))
     turned, rest = x_TNK.to(cos.dtype).split([2 * half, x_TNK.shape[-1] - 2 * half], dim=-1)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)

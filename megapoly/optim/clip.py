@@ -1,7 +1,7 @@
 """Global norms over all axes, each parameter counted once."""
 
 import torch
-from megapoly_kernels import Range, RangeTable, squared_norm
+from megapoly_kernels import Range, RangeTable, merged, squared_norm
 from torch import Tensor
 
 from megapoly.parallel.collectives import all_reduce_
@@ -18,8 +18,8 @@ class GlobalNorm:
     def __init__(self, buffers: FlatBuffers, backend: str | None = None) -> None:
         self.backend, self.world = backend, buffers.mesh.world
         counted = [s for s in buffers.segments if s.is_counted and s.parameter.requires_grad]
-        ranges = [Range(*s.owned) for s in counted]
-        self.ranges = RangeTable.build([r for r in ranges if r.begin < r.end], buffers.params.device)
+        ranges = merged([Range(*s.owned) for s in counted])
+        self.ranges = RangeTable.build(ranges, buffers.params.device)
 
     @torch.no_grad()
     def __call__(self, owned: Tensor) -> Tensor:
