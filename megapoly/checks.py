@@ -12,6 +12,17 @@ def _positive(**values: int | float | None) -> None:
             raise ConfigError(f"{name} ({value}) must be positive")
 
 
+def _bounded(most: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value > most:
+            raise ConfigError(f"{name} ({value}) is beyond {most:,}: surely a slip")
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The multiples of unit next to a value, in words."""
+    return " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)
+
+
 def check_model(m: ModelConfig) -> None:
     """Refuse sizes that no transformer can have."""
     _positive(
@@ -20,10 +31,9 @@ def check_model(m: ModelConfig) -> None:
         seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
-    for name, size, most in (("hidden_size", m.hidden_size, 2**24), ("ffn_hidden_size", m.ffn_size, 2**24),
-                             ("seq_length", m.seq_length, 2**24), ("num_layers", m.num_layers, 2**16)):  # fmt: skip
-        if size > most:
-            raise ConfigError(f"{name} ({size}) is beyond {most:,}: surely a slip")
+    _bounded(2**24, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_size, seq_length=m.seq_length)
+    _bounded(2**10, num_layers=m.num_layers)
+    _bounded(2**16, num_attention_heads=m.num_attention_heads)
     if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
         raise ConfigError(
             f"num_attention_heads ({m.num_attention_heads}) must divide hidden_size ({m.hidden_size}), "
@@ -54,7 +64,9 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
     _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
     if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
-        asked = f"pipeline_schedule {p.pipeline_schedule or 'interleaved'} with {p.chunks} chunks"
+        asked = f"pipeline_schedule {p.pipeline_schedule}"
+        if p.pipeline_schedule in (None, "1f1b"):
+            asked = f"num_virtual_stages_per_pipeline_rank {p.chunks}"
         raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
     if p.pipeline_vocab_parallel and m.tied:
         raise ConfigError(
@@ -67,19 +79,20 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
             f"{'interleaved' if p.chunks > 1 else '1f1b'} takes {p.chunks}"
         )
     if p.stages > m.num_layers + 2:
-        most = (m.num_layers + 2) // p.chunks
+        fewer = max((n for n in range(1, (m.num_layers + 2) // p.chunks + 1) if pp % n == 0), default=0)
         raise ConfigError(
             f"pipeline_model_parallel_size ({pp}) x num_virtual_stages_per_pipeline_rank ({p.chunks}) = {p.stages} "
             f"stages are too many for num_layers ({m.num_layers}): only the first and the last may have none; "
-            + (f"pipeline_model_parallel_size {most} would do" if most else "use fewer chunks")
+            + (f"pipeline_model_parallel_size {fewer} would do" if fewer else "use fewer chunks")
         )
     split = p.pipeline_layer_split
     if split is not None and (
         len(split) != p.stages or sum(split) != m.num_layers or min(split) < 0 or 0 in split[1:-1]
     ):
         raise ConfigError(
-            f"pipeline_layer_split {split} must name {p.stages} stages (pipeline_model_parallel_size {pp} x "
-            f"{p.chunks} on each) that sum to num_layers ({m.num_layers}); only the first and the last may have none"
+            f"pipeline_layer_split {split} must name {p.stages} stages (pipeline_model_parallel_size {pp} x {p.chunks} "
+            f"on each), not {len(split)}, that sum to num_layers ({m.num_layers}), not {sum(split)}; "
+            "only the first and the last may have none"
         )
 
 
@@ -90,11 +103,10 @@ def check_context(cfg: Config) -> None:
     chunks = 2 * cp
     if cp == 1 or length % chunks == 0:
         return
-    lengths = " or ".join(f"{near:,}" for near in (length // chunks * chunks, -(-length // chunks) * chunks) if near)
-    fewer = next(size for size in range(cp - 1, 0, -1) if size == 1 or length % (2 * size) == 0)
+    fewer = next(size for size in range(min(cp - 1, length), 0, -1) if size == 1 or length % (2 * size) == 0)
     raise ConfigError(
         f"context_parallel_size ({cp}) cuts sequences into {chunks} chunks, which seq_length ({length:,}) does not "
-        f"divide into: use seq_length {lengths}, or context_parallel_size {fewer}"
+        f"divide into: use seq_length {_multiples(length, chunks)}, or context_parallel_size {fewer}"
     )
 
 
@@ -129,8 +141,7 @@ def check_fp8(cfg: Config) -> None:
                                       ("kv_channels", m.head_dim, query, 1),
                                       ("kv_channels", m.head_dim, packed, 1)):  # fmt: skip
         if share % 16:
-            unit = 16 * ranks
-            nearest = " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)
+            nearest = _multiples(value, 16 * ranks)
             raise ConfigError(
                 f"fp8_recipe ({cfg.precision.fp8_recipe}) multiplies matrices of multiples of 16: {name} ({value}) "
                 f"gives {share} on each of {tp} tensor-parallel ranks; use {name} {nearest}"
@@ -150,7 +161,7 @@ def check_layout(cfg: Config, world_size: int) -> int:
         context = f"context_parallel_size ({cp}) x " if cp > 1 else ""
         raise ConfigError(
             f"tensor_model_parallel_size ({tp}) x {context}pipeline_model_parallel_size ({pp}) = {tp * cp * pp} "
-            f"must divide the world size ({world_size})"
+            f"must divide the world size ({world_size}): start {_multiples(world_size, tp * cp * pp)} ranks"
         )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
@@ -172,8 +183,8 @@ def check_batches(t: TrainConfig, dp: int) -> None:
     unit, end = t.micro_batch_size * dp, t.global_batch_size
     product = f"micro_batch_size ({t.micro_batch_size}) x data-parallel size ({dp}) = {unit}"
     if end % unit:
-        raise ConfigError(f"global_batch_size ({end}) must be a multiple of {product}")
-    check_ramp(t)
+        raise ConfigError(f"global_batch_size ({end}) must be a multiple of {product}, such as {_multiples(end, unit)}")
+    check_ramp(t, unit)
     if t.rampup_batch_size is None:
         return
     start, increment, samples = t.rampup_batch_size
@@ -185,8 +196,8 @@ def check_batches(t: TrainConfig, dp: int) -> None:
         )
 
 
-def check_ramp(t: TrainConfig) -> None:
-    """Refuse a ramp-up that does not lead to global_batch_size."""
+def check_ramp(t: TrainConfig, unit: int = 1) -> None:
+    """Refuse a ramp-up that does not lead to global_batch_size; batches should be multiples of unit."""
     if t.rampup_batch_size is None:
         return
     if len(t.rampup_batch_size) != 3 or min(t.rampup_batch_size) < 1:
@@ -195,7 +206,7 @@ def check_ramp(t: TrainConfig) -> None:
     if start >= end or (end - start) % increment:
         raise ConfigError(
             f"rampup_batch_size must go from start ({start}) to global_batch_size ({end}) by whole "
-            f"increments ({increment}); {_nearest_ramp(start, increment, samples, end, 1)}"
+            f"increments ({increment}); {_nearest_ramp(start, increment, samples, end, unit)}"
         )
 
 
@@ -220,6 +231,9 @@ def check_training(cfg: Config) -> None:
         lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
         muon_num_ns_steps=o.muon_num_ns_steps, muon_scale=o.muon_scale,
     )  # fmt: skip
+    _bounded(2**20, global_batch_size=t.global_batch_size, micro_batch_size=t.micro_batch_size)
+    _bounded(2**28, vocab_size=cfg.tokenizer.vocab_size,
+             make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by)  # fmt: skip
     for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
                         ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
                         ("weight_decay", o.weight_decay), ("lr_warmup_init", s.lr_warmup_init)):  # fmt: skip
@@ -259,7 +273,7 @@ def check_replicas(p: ParallelConfig, replicas: int) -> None:
 
 
 def check_recompute(t: TrainConfig) -> None:
-    """Refuse recomputation that would do nothing, or other than what is asked for."""
+    """Refuse modules, numbers of blocks and offloading that recomputation does not know."""
     _positive(recompute_num_layers=t.recompute_num_layers)
     known = ("core_attn", "layernorm", "mlp_act")
     if not t.recompute_modules or set(t.recompute_modules) - set(known):

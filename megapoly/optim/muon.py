@@ -117,7 +117,7 @@ class Muon:
         beta = self.rules.optimizer.muon_momentum
         if grads:
             if scale is not None:
-                torch._foreach_mul_(grads, scale)
+                torch._foreach_mul_(grads, scale.float())
             torch._foreach_mul_(momenta, beta)
             torch._foreach_add_(momenta, grads)
             torch._foreach_add_(grads, momenta, alpha=beta)

@@ -58,8 +58,12 @@ def only_writer(run_dir: str, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with (Path(run_dir) / ".lock").open("w") as lock:
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        lock = (Path(run_dir) / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir}: cannot be written ({error.strerror}); give another --run-dir") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

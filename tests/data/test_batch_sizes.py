@@ -59,8 +59,8 @@ def test_histories_are_equal_where_all_past_batches_are(a: BatchSizes, b: BatchS
     [
         ([2, 2, 100], r"2,2,100 has batches of 2, 6, no multiples of micro_batch_size \(1\) x data-parallel size \(4\) = 4; "
                       r"the nearest that works is 4,4,100"),
-        ([4, 3, 100], r"from start \(4\) to global_batch_size \(8\) by whole increments \(3\); the nearest .* 4,2,100"),
-        ([8, 4, 100], r"from start \(8\) to global_batch_size \(8\) .* the nearest that works is 7,1,100"),
+        ([4, 3, 100], r"from start \(4\) to global_batch_size \(8\) by whole increments \(3\); the nearest .* 4,4,100"),
+        ([8, 4, 100], r"from start \(8\) to global_batch_size \(8\) .* the nearest that works is 4,4,100"),
         ([4, 4], r"\[4, 4\] must be start,increment,samples"),
         ([4, 0, 100], "each at least 1"),
     ],

@@ -15,7 +15,7 @@ from megapoly.checkpoint.state import pieces, training_state
 from megapoly.hf.export import export
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.mesh import Mesh
-from megapoly.parallel.tensor import sharded_parameters
+from megapoly.parallel.tensor import shard_of, sharded_parameters
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.setup import Run
@@ -26,7 +26,8 @@ HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_query_groups": 2}
 
 
 def config(folder: Path, family: str, **leaves: Any) -> Config:
-    return tiny_config(folder, family, STEPS, **(HEADS | leaves))
+    # At 1e-3 this LLaMA's gradient norms jump to 10, and two plain tensor-parallel ranks are 1.2e-5 off one process.
+    return tiny_config(folder, family, STEPS, lr=3e-4, **(HEADS | leaves))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,6 @@ def trained_with_padding(mesh: Mesh, cfg: Config) -> None:
     run = tiny_run(mesh, cfg)
     train(run)
     (chunk,) = run.chunks
-    weight, shard = chunk.head_weight, chunk.head_shard
+    weight, shard = chunk.head_weight, shard_of(chunk.head_weight)
     assert len(weight) * 3 == {1: 1005, 512: 1536}[cfg.tokenizer.make_vocab_size_divisible_by]
     assert not weight[shard.end - shard.begin :].any(), "padding has been trained"
