@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from ranks import assemble
 
-from megapoly.checkpoint.state import pieces
+from megapoly.checkpoint.load import CheckpointReader
+from megapoly.checkpoint.state import pieces, training_state
 from megapoly.config import SECTIONS, build
 from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ModelConfig
+from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, resolve, run_length
 from megapoly.train.setup import Run, build_run
 
@@ -132,3 +134,19 @@ def tiny_run(mesh: Mesh, cfg: Config) -> Run:
 def model_config(family: str, **changes: Any) -> ModelConfig:
     """The family's small model with some options changed."""
     return ModelConfig(**(FAMILIES[family] | changes))
+
+
+def whole_state(run: Run) -> dict[str, torch.Tensor]:
+    """Master weights and the optimizer's state, whole, by name."""
+    return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
+
+
+def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
+    """Train, resuming from the run's own checkpoint where there is one; the state at the end."""
+    prepared = tiny_prepared(cfg)
+    assert cfg.checkpoint.save is not None
+    if Path(cfg.checkpoint.save, "latest").exists():
+        prepared = dataclasses.replace(prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True)
+    run = build_run(prepared, mesh)
+    train(run)
+    return whole_state(run)

@@ -85,7 +85,7 @@ def megapoly(sizes: Sizes, device: torch.device, backends: dict[str, str]) -> St
     mesh = single_process_mesh(device)
     chosen = choose_backends(cfg.precision, device)
     place = Placement(mesh.tp, False, torch.bfloat16, device)
-    model = Transformer(cfg, sizes.vocab, make_stage([sizes.layers], mesh.pp), place, chosen)
+    model = Transformer(cfg, sizes.vocab, make_stage([sizes.layers], 0), place, chosen)
     with torch.no_grad():
         for _, parameter, (shard,) in sharded_parameters(model):
             parameter.zero_() if shard.init == "zeros" else parameter.normal_(std=cfg.model.init_method_std)

@@ -7,35 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import assemble, run_ranks
-from tiny_runs import tiny_config, tiny_prepared
+from ranks import run_ranks
+from tiny_runs import run_to_end, tiny_config, tiny_prepared, whole_state
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
-from megapoly.checkpoint.state import pieces, training_state
 from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.generate.sample import load_model
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
-from megapoly.train.setup import Run, build_run
+from megapoly.train.setup import build_run
 
 STEPS = 6
-
-
-def whole_state(run: Run) -> dict[str, torch.Tensor]:
-    return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
-
-
-def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
-    """Train, resuming from the run's own checkpoint where there is one."""
-    prepared = tiny_prepared(cfg)
-    assert cfg.checkpoint.save is not None
-    if Path(cfg.checkpoint.save, "latest").exists():
-        prepared = dataclasses.replace(prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True)
-    run = build_run(prepared, mesh)
-    train(run)
-    return whole_state(run)
 
 
 def rows(cfg: Config) -> list[dict[str, Any]]:

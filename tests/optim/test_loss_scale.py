@@ -1,24 +1,20 @@
 """fp16 with loss scaling: the rule step by step, overflow on one rank, losses near fp32's, resume in its midst."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import assemble, run_ranks
-from tiny_runs import tiny_config, tiny_prepared, tiny_run
+from ranks import run_ranks
+from tiny_runs import run_to_end, tiny_config, tiny_run
 
 from megapoly.checkpoint.load import CheckpointReader
-from megapoly.checkpoint.state import pieces, training_state
 from megapoly.checks import check_precision
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.optim.loss_scale import LossScaler
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config, PrecisionConfig
-from megapoly.train.loop import train
-from megapoly.train.setup import build_run
 from megapoly.train.step import train_step
 
 SMALL = {"num_layers": 1, "hidden_size": 48, "ffn_hidden_size": 64, "ddp_bucket_size": 20_000}
@@ -119,16 +115,6 @@ def test_losses_and_norms_are_near_those_of_fp32(tmp_path: Path) -> None:
     assert half["losses"] == pytest.approx(exact["losses"], rel=eps)
     assert half["norms"] == pytest.approx(exact["norms"], rel=16 * eps)
     assert half["moments"] == pytest.approx(exact["moments"], rel=16 * eps)  # AdamW's step alone would hide the scale
-
-
-def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
-    prepared = tiny_prepared(cfg)
-    assert cfg.checkpoint.save is not None
-    if Path(cfg.checkpoint.save, "latest").exists():
-        prepared = dataclasses.replace(prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True)
-    run = build_run(prepared, mesh)
-    train(run)
-    return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -102,7 +102,8 @@ def test_shared_heads_are_saved_once_and_loaded_on_any_layout(
 # With 512 the third rank holds nothing but padding, with 1 it holds two rows of it.
 @pytest.mark.parametrize("divisible_by", [1, 512])
 def test_an_odd_vocabulary_on_three_ranks_is_padded_for_training_alone(divisible_by: int, tmp_path: Path) -> None:
-    odd = {"num_query_groups": 1, "ffn_hidden_size": 201, "make_vocab_size_divisible_by": divisible_by}
+    # At 1e-3 one gradient norm of twenty is 1.1e-5 off.
+    odd = {"num_query_groups": 1, "ffn_hidden_size": 201, "make_vocab_size_divisible_by": divisible_by, "lr": 3e-4}
     layout = {"tensor_model_parallel_size": 3, "run_dir": str(tmp_path / "three")}
     alone = run_ranks(steps_of, tiny_config(tmp_path, "llama", STEPS, **odd))[0]
     for of_rank in run_ranks(steps_of, tiny_config(tmp_path, "llama", STEPS, **odd, **layout), tp=3, kv=3):

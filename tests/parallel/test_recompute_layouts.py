@@ -38,6 +38,7 @@ def trained(mesh: Mesh, cfgs: dict[str, Config]) -> dict[str, dict[str, Tensor]]
         seen = keep_first_gradients(run)
         for step in (1, 2):
             train_step(run, step)
+        run.buffers.wait_params()
         results[mode] = seen | {"parameters": run.buffers.params.clone(), "held out": evaluate(run)}
     return results
 

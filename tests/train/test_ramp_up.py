@@ -7,30 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import assemble, run_ranks
-from tiny_runs import tiny_config, tiny_prepared
+from ranks import run_ranks
+from tiny_runs import run_to_end, tiny_config, tiny_prepared
 
-from megapoly.checkpoint.load import CheckpointReader
-from megapoly.checkpoint.state import pieces, training_state
 from megapoly.errors import CheckpointError, ConfigError
-from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
-from megapoly.train.loop import train
 from megapoly.train.prepare import _starting_point
-from megapoly.train.setup import build_run
 
 RAMP = [2, 2, 18]  # batches of 2, 4, 6 for 6 samples each, then 8
 SAMPLES = [2, 4, 6, 10, 14, 20, 28, 36, 40]
-
-
-def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
-    prepared = tiny_prepared(cfg)
-    assert cfg.checkpoint.save is not None
-    if Path(cfg.checkpoint.save, "latest").exists():
-        prepared = dataclasses.replace(prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True)
-    run = build_run(prepared, mesh)
-    train(run)
-    return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
 
 
 def rows(cfg: Config) -> list[dict[str, Any]]:
