@@ -15,7 +15,9 @@ from megapoly.parallel.schedule import schedule_for
 from megapoly.parallel.stage import Stage
 from megapoly.plan.communication import redone_layers
 from megapoly.plan.seat import Seat
+from megapoly.sections import Config
 
+GIB = 2**30
 FP32, INT64, INT32, BOOL = 4, 8, 4, 1
 
 
@@ -157,6 +159,24 @@ def loss_activations(seat: Seat, tokens: int, ranks: int) -> int:
     if not seat.has_fused_loss:
         kept += seat.tokens * (seat.vocab_rows(ranks) * seat.element + INT64 + 2 * FP32)
     return kept
+
+
+def describe_memory(cfg: Config, vocab_size: int, split: tuple[int, ...], world: int) -> str:
+    """What the fullest pipeline rank holds, in one line; `split` is the number of layers of each global stage."""
+    ranks = cfg.parallel.pipeline_model_parallel_size
+    seats = [Seat(cfg, vocab_size, split, world, rank * world // ranks) for rank in range(ranks)]
+    states, activations = [state_bytes(seat) for seat in seats], [activation_bytes(seat) for seat in seats]
+    fullest = max(range(ranks), key=lambda rank: states[rank].bytes + activations[rank])
+    state, active = states[fullest], activations[fullest]
+    parts = {
+        "parameters": state.parameters,
+        "fp32 gradients": state.gradients + state.shard_gradients,
+        "optimizer": state.optimizer,
+        "activations": active,
+    }
+    told = ", ".join(f"{what} {size / GIB:.3g}" for what, size in parts.items())
+    which = f" on pipeline rank {fullest}, the fullest" if ranks > 1 else ""
+    return f"memory a rank{which}: {(state.bytes + active) / GIB:.3g} GiB ({told}), and what passes use and free"
 
 
 def _stream(seat: Seat) -> int:

@@ -1,7 +1,6 @@
 """The entry point of every example: flags, checks, process group, run."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,8 +16,7 @@ from megapoly.data.corpus import prepare_corpus
 from megapoly.data.curriculum import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.backends import choose_backends
-from megapoly.model.count import flops_per_token, num_parameters, parameter_shapes
-from megapoly.optim.groups import Rules
+from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.failure import ending_together
 from megapoly.parallel.mesh import (
     Layout,
@@ -30,10 +28,11 @@ from megapoly.parallel.mesh import (
     prepare_host,
     world_size,
 )
+from megapoly.plan.memory import describe_memory
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
-from megapoly.train.setup import build_run, check_agreement, describe_pipeline, only_writer
+from megapoly.train.setup import build_run, check_agreement, describe_pipeline, layer_split, only_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +94,9 @@ def dry_run(prepared: Prepared, world: int) -> None:
     print(cfg.to_yaml())
     print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
     shared = f" x CP {layout.cp}" if layout.cp > 1 else ""
-    print(f"layout: TP {tp} x PP {pp} x DP {dp}{shared}; {pipeline}; {prepared.num_steps:,} steps")
-    width, shards = 4 if cfg.precision.parameters == "float32" else 2, world // (tp * pp * layout.instances)
-    rules = Rules(cfg.optimizer, m)
-    shapes = parameter_shapes(m, prepared.vocab_size)
-    by_muon = sum(math.prod(shape) for name, shape in shapes if rules.uses_muon(name, shape))
-    # Two moments (Muon: one); master weights, unless they are the parameters; summed gradients, unless summed in place.
-    sharded = 8 + 4 * (width == 2 or shards > 1) + 4 * (shards > 1) - 4 * by_muon / count
-    state = (width + 4 + sharded / shards) * count / (tp * pp)
-    print(f"memory a rank for parameters, fp32 gradients and optimizer state: about {state / 2**30:.2f} GiB")
+    split = " with sequence parallel" if cfg.parallel.sequence_parallel else ""
+    print(f"layout: TP {tp}{split} x PP {pp} x DP {dp}{shared}; {pipeline}; {prepared.num_steps:,} steps")
+    print(describe_memory(cfg, prepared.vocab_size, tuple(layer_split(cfg, prepared.vocab_size)), world))
     print(describe(prepared.plan))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
-from megapoly.errors import ConfigError
+from megapoly.errors import ConfigError, Echo
 from megapoly.log import Console
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import head_flops, layer_flops
@@ -42,14 +41,13 @@ def check_agreement(prepared: Prepared, mesh: Mesh) -> None:
     seen += [None if stream is None else stream.num_tokens for stream in prepared.valid_streams]
     mine = torch.tensor([key(json.dumps(seen))], device=mesh.device)
     everyone = all_gather(mine, mesh.world)
-    if (everyone != everyone[0]).any() and mesh.is_main:
-        other = int((everyone != everyone[0]).nonzero()[0])
-        raise ConfigError(
-            f"rank {other} sees another configuration, data or checkpoint than rank 0: "
-            "all hosts need the same files under the same paths"
-        )
-    if (everyone != everyone[0]).any():
-        time.sleep(20)  # rank 0 speaks; the launcher ends the others when it is gone
+    differing = (everyone != everyone[0]).nonzero()
+    if not len(differing):
+        return
+    what = f"rank {int(differing[0])} sees another configuration, data or checkpoint than rank 0"
+    if not mesh.is_main:
+        raise Echo(what)
+    raise ConfigError(f"{what}: all hosts need the same files under the same paths")
 
 
 @contextlib.contextmanager

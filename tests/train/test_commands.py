@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -191,6 +192,9 @@ def test_dry_run_prints_and_trains_nothing(data: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "examples/pretrain_polylm.sh")]
     done = run([*script, "--dry-run", *flags(data, "run")], tmp_path)
     assert done.returncode == 0 and "parameters: " in done.stdout and "stage1" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("memory a rank: "))
+    whole, *parts = (float(number) for number in re.findall(r"\d\.\d+", line))
+    assert len(parts) == 4 and min(parts) > 0 and whole == pytest.approx(sum(parts), rel=0.02), line
     assert not (tmp_path / "run").exists()
 
 
