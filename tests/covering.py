@@ -13,18 +13,17 @@ def covering(
 
     Greedy, and the same each time: the combination that covers most of what is left comes next (ties: the first).
     """
-    rows = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     bits: dict[tuple[tuple[str, str], ...], int] = {}
     candidates = []
-    for row in filter(is_possible, rows):
-        covered = 0
-        for values in itertools.combinations(row.items(), min(strength, len(options))):
-            covered |= bits.setdefault(values, 1 << len(bits))
-        candidates.append((covered, row))
+    for values in itertools.product(*options.values()):
+        if is_possible(dict(zip(options, values, strict=True))):
+            met = itertools.combinations(zip(options, values, strict=True), min(strength, len(options)))
+            covered = sum(bits.setdefault(together, 1 << len(bits)) for together in met)
+            candidates.append((covered, values))
     chosen = []
     left = (1 << len(bits)) - 1
     while left:
-        covered, row = max(candidates, key=lambda candidate: (candidate[0] & left).bit_count())
-        chosen.append(row)
+        covered, values = max(candidates, key=lambda candidate: (candidate[0] & left).bit_count())
+        chosen.append(dict(zip(options, values, strict=True)))
         left &= ~covered
     return chosen

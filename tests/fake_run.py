@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapoly.data.batch import Batch
 from megapoly.model.offload import HostMemory
+from megapoly.optim.loss_scale import LossScaler
 from megapoly.parallel.mesh import Layout, Mesh, make_mesh
 from megapoly.plan.communication import Calls
 from megapoly.sections import Config, PrecisionConfig
@@ -89,6 +90,7 @@ def fake_run(cfg: Config, vocab_size: int, world: int, rank: int) -> Iterator[Ru
         (setup, "TrainLoader", lambda *_: _Loader(cfg, dp)),
         (setup, "ValidLoader", lambda *_: None),
         (step, "to_device", _empty),
+        (LossScaler, "accepts", lambda *_: True),
         (CONTEXT_ATTENTION, "launch_forward", _attention_forward),
         (CONTEXT_ATTENTION, "launch_delta", lambda out_thK, d_out_thK, lse_ht: torch.empty_like(lse_ht)),
         (CONTEXT_ATTENTION, "launch_keys", lambda d_out_tF, qkv_tF, kv_TF, *_: torch.empty_like(kv_TF)),

@@ -75,6 +75,11 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
         12, {"tensor_model_parallel_size": 6, "sequence_parallel": True, "num_attention_heads": 12,
              "num_query_groups": 3, "seq_length": 24, "ffn_hidden_size": 204, "global_batch_size": 12},
     ),
+    "Muon, more ranks than key/value heads": (
+        24, {"optimizer": "muon", "tensor_model_parallel_size": 6, "sequence_parallel": True, "num_attention_heads": 12,
+             "num_query_groups": 3, "seq_length": 24, "ffn_hidden_size": 204},
+    ),
+    "fp16": (4, {"bf16": False, "fp16": True, "fp32_residual_connection": True, "pipeline_model_parallel_size": 2}),
     "norms redone": (2, {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}),
 }  # fmt: skip
 
