@@ -167,7 +167,7 @@ class Seat:
     @property
     def shares_head(self) -> bool:
         """Whether all pipeline ranks hold a part of the output matrix."""
-        return self.cfg.parallel.pipeline_vocab_parallel
+        return self.cfg.parallel.shares_head
 
     @property
     def head_ranks(self) -> int:

@@ -117,7 +117,7 @@ def layer_split(cfg: Config, vocab_size: int) -> list[int]:
     if cfg.parallel.pipeline_layer_split is not None:
         return cfg.parallel.pipeline_layer_split
     costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
-    head = 0.0 if cfg.parallel.pipeline_vocab_parallel else float(head_flops(cfg.model, vocab_size))
+    head = 0.0 if cfg.parallel.shares_head else float(head_flops(cfg.model, vocab_size))
     return split_layers(costs, 0.0, head, cfg.parallel.stages)
 
 
@@ -127,7 +127,7 @@ def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
     costs = [float(layers * layer_flops(m)) for layers in split]
     head = head_flops(m, vocab_size)
     whole = sum(costs) + head
-    costs[-1] += 0 if p.pipeline_vocab_parallel else head
+    costs[-1] += 0 if p.shares_head else head
     shares = tuple(cost * p.pipeline_model_parallel_size / whole for cost in costs)
     microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * dp)
     lists = all_lists(p.schedule, p.pipeline_model_parallel_size, p.chunks, microbatches)
@@ -159,10 +159,10 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     numbers = [folding.stage_of(mesh.pp.rank, chunk) for chunk in range(folding.chunks)]
-    stages = [make_stage(split, number, cfg.parallel.pipeline_vocab_parallel) for number in numbers]
+    stages = [make_stage(split, number, cfg.parallel.shares_head) for number in numbers]
     chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
     head = None
-    if cfg.parallel.pipeline_vocab_parallel:
+    if cfg.parallel.shares_head:
         head = SharedHead(cfg, prepared.vocab_size, mesh.vocab, place, chunks[0].backends)
         initialize(head, cfg.train.seed)
     wire = torch.float32 if cfg.precision.accumulate_allreduce_grads_in_fp32 else torch.bfloat16

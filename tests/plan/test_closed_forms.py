@@ -61,6 +61,10 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
         8, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
             "pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": True},
     ),
+    "head shared by a pipeline of one": (
+        4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_vocab_parallel": True,
+            "untie_embeddings_and_output_weights": True},
+    ),
     "CP 2": (4, {"context_parallel_size": 2}),
     "plain loss": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "loss_backend": "triton"}),
     "all redone": (
