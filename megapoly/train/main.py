@@ -104,6 +104,9 @@ def dry_run(prepared: Prepared, world: int) -> None:
     sharded = 8 + 4 * (width == 2 or shards > 1) + 4 * (shards > 1) - 4 * by_muon / count
     state = (width + 4 + sharded / shards) * count / (tp * pp)
     print(f"memory a rank for parameters, fp32 gradients and optimizer state: about {state / 2**30:.2f} GiB")
+    if cfg.parallel.shares_head and m.tied:
+        copy = (width + 4) * m.hidden_size * prepared.vocab_size / tp
+        print(f"on the first pipeline rank also its copy of the tied matrix, with a gradient: {copy / 2**30:.2f} GiB")
     print(describe(prepared.plan))
 
 
