@@ -78,7 +78,8 @@ def rows_for(most_ranks: int, strength: int, folder: Path) -> list[Row]:
     plain = {family: tiny_config(folder, family, STEPS, **MODEL) for family in FAMILIES}
 
     def is_possible(row: Row) -> bool:
-        if world_of(row) > most_ranks:
+        is_plain = row["schedule"] == "shared head" and row["pp"] == "1"  # one rank has nobody to share with
+        if world_of(row) > most_ranks or is_plain:
             return False
         try:
             check(changed(plain[row["family"]], leaves(row)), world_of(row))
