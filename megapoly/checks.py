@@ -68,10 +68,6 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
         if p.pipeline_schedule in (None, "1f1b"):
             asked = f"num_virtual_stages_per_pipeline_rank {p.chunks}"
         raise ConfigError(f"pipeline_vocab_parallel has a schedule of its own, a 1f1b: leave out {asked}")
-    if p.pipeline_vocab_parallel and m.tied:
-        raise ConfigError(
-            "pipeline_vocab_parallel needs untie_embeddings_and_output_weights: a tied matrix is the first stage's"
-        )
     wanted = {"zb-v": 2, "interleaved": p.chunks}.get(p.schedule, 1)
     if p.chunks != wanted:
         raise ConfigError(

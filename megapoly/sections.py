@@ -183,9 +183,14 @@ class ParallelConfig:
         return self.num_virtual_stages_per_pipeline_rank or (2 if folds else 1)
 
     @property
+    def shares_head(self) -> bool:
+        """Whether several pipeline ranks share the head."""
+        return self.pipeline_vocab_parallel and self.pipeline_model_parallel_size > 1
+
+    @property
     def schedule(self) -> str:
         """The order of passes."""
-        if self.pipeline_vocab_parallel:
+        if self.shares_head:
             return "1f1b-vocab"
         return self.pipeline_schedule or ("interleaved" if self.chunks > 1 else "1f1b")
 

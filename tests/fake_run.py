@@ -34,7 +34,7 @@ META = torch.device("meta")
 KERNELS = Backends("triton", "triton", "triton", "fused_linear", "triton", "none runs")
 KINDS = {
     "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
-    "broadcast_": "broadcast", "send": "send", "recv_": "recv",
+    "broadcast_": "broadcast", "gather_": "gather", "scatter_": "scatter", "send": "send", "recv_": "recv",
 }  # fmt: skip
 
 

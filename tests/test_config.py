@@ -171,7 +171,6 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
             2,
             ("4 stag",),
         ),
-        ({"pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": False}, 1, ("untie_embeddings",)),
         ({"pipeline_vocab_parallel": True, "pipeline_schedule": "zb-v"}, 1, ("leave out pipeline_schedule zb-v",)),
         (
             {"pipeline_vocab_parallel": True, "num_virtual_stages_per_pipeline_rank": 2},

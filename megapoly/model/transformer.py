@@ -42,7 +42,8 @@ class Transformer(nn.Module):
     """Embedding, blocks and head, as far as this stage has them.
 
     Parameters have their global names (`layers.7.attention.qkv.weight` on whichever stage). A tied head on a later
-    stage than the embedding holds `word`, the embedding of another chunk of this rank, or else a copy of it.
+    stage than the embedding holds `word`, the embedding of another chunk of this rank, or else a copy of it. Where
+    all ranks share a tied head, `word` is the embedding, which looks up in a copy of its rows.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
         self.embedding = nn.ModuleDict()
-        if stage.has_embedding or (stage.has_head and m.tied):
+        if stage.has_embedding or (stage.has_head and m.tied and not stage.shares_head):
             self.embedding["word"] = word or VocabParallelEmbedding(vocab_size, padded, m.hidden_size, place)
         if stage.has_embedding and m.position_embedding_type == "learned_absolute":
             self.embedding["position"] = PositionEmbedding(m, place)

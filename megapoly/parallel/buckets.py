@@ -61,8 +61,8 @@ def is_decayed(named: Named) -> bool:
 def group(named: Sequence[Named], bucket_size: int) -> list[list[Named]]:
     """Parameters, given in the order of the model, as groups of about bucket_size entries, the model's last ones first.
 
-    The word embedding is the last group, alone: its gradient comes last, a tied one's twice, and of a tied one the
-    owned parts on the first and the last pipeline stage must match.
+    The word embedding is the last group, alone: its gradient comes last, a tied one's twice (from the embedding's copy
+    at the very end, where the head is shared), and where two stages hold a tied one, the parts they own must match.
     """
     groups: list[list[Named]] = []
     room = 0
@@ -76,8 +76,11 @@ def group(named: Sequence[Named], bucket_size: int) -> list[list[Named]]:
     return [entries[::-1] for entries in [*groups, word] if entries]
 
 
-def lay_out(groups: Sequence[Sequence[Named]], mesh: Mesh) -> tuple[list[Bucket], list[Segment]]:
-    """Buckets and segments of groups of parameters; within a bucket, what decays comes first."""
+def lay_out(groups: Sequence[Sequence[Named]], mesh: Mesh, tied: bool) -> tuple[list[Bucket], list[Segment]]:
+    """Buckets and segments of groups of parameters; within a bucket, what decays comes first.
+
+    `tied`: the word embedding on a later stage than the first is a copy of that one's.
+    """
     buckets: list[Bucket] = []
     segments: list[Segment] = []
     begin = 0
@@ -88,16 +91,14 @@ def lay_out(groups: Sequence[Sequence[Named]], mesh: Mesh) -> tuple[list[Bucket]
             decayed = is_decayed((name, parameter, shards))
             for shard in shards:
                 end = begin + (math.prod(shard.sizes) if len(shards) > 1 else parameter.numel())
-                counted = _is_counted(name, shard, mesh)
+                counted = _is_counted(shard, mesh) and not (tied and name == WORD and not mesh.pp.is_first)
                 segments.append(Segment(name, parameter, shard, bucket, begin, end, decayed, counted))
                 begin = end
         begin = bucket.flat.stop
     return buckets, segments
 
 
-def _is_counted(name: str, shard: Shard, mesh: Mesh) -> bool:
-    if name == WORD and not mesh.pp.is_first:
-        return False  # the head's copy of a tied matrix; the first stage counts it
+def _is_counted(shard: Shard, mesh: Mesh) -> bool:
     is_first = mesh.kv.is_first if shard.is_copied else shard.dim is not None or mesh.tp.is_first
     return mesh.instances.is_first and is_first
 

@@ -88,6 +88,18 @@ def reduce_scatter(x_TH: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(x_TH, axis).wait()
 
 
+def gather_to_first_(out_TH: Tensor | None, x_tH: Tensor, axis: Axis) -> None:
+    """Concatenate the ranks' parts along dimension 0 in out_TH, which the axis's first rank gives, of at least two."""
+    parts = None if out_TH is None else list(out_TH.detach().chunk(axis.size))
+    dist.gather(x_tH.detach(), parts, group=axis.group, group_dst=0)
+
+
+def scatter_from_first_(out_tH: Tensor, x_TH: Tensor | None, axis: Axis) -> Tensor:
+    """Take this rank's part of dimension 0 of x_TH, which the axis's first rank gives, of at least two; returns it."""
+    dist.scatter(out_tH, None if x_TH is None else list(x_TH.chunk(axis.size)), group=axis.group, group_src=0)
+    return out_tH
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

@@ -48,7 +48,7 @@ class FlatBuffers:
         self.mesh, self.tied, self.cfg, self.wire = mesh, tied, cfg, wire
         named = list(sharded_parameters(*chunks))
         is_alone = mesh.replicas.size == 1
-        self.buckets, self.segments = lay_out([named] if is_alone else group(named, cfg.ddp_bucket_size), mesh)
+        self.buckets, self.segments = lay_out([named] if is_alone else group(named, cfg.ddp_bucket_size), mesh, tied)
         self.size = self.buckets[-1].flat.stop
         first = self.segments[0].parameter
         self.params = torch.zeros(self.size, dtype=first.dtype, device=first.device)

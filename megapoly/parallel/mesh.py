@@ -59,7 +59,7 @@ class Layout:
             p.context_parallel_size,
             p.pipeline_model_parallel_size,
             p.num_distributed_optimizer_instances,
-            p.pipeline_vocab_parallel,
+            p.shares_head,
             max(p.tensor_model_parallel_size // cfg.model.num_kv_heads, 1),
         )
 

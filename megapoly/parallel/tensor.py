@@ -147,5 +147,10 @@ class VocabParallelEmbedding(nn.Module):
         shard = shard_of(self.weight)
         local_T = tokens_T - shard.begin
         is_here_T = (local_T >= 0) & (local_T < shard.end - shard.begin)
-        rows_TH = F.embedding(torch.where(is_here_T, local_T, 0), self.weight) * is_here_T[:, None]
-        return leave_tensor_parallel(rows_TH, self.place.tp, self.place.sequence_parallel)
+        return looked_up(self.weight, local_T, is_here_T, self.place)
+
+
+def looked_up(weight_vH: Tensor, local_T: Tensor, is_here_T: Tensor, place: Placement) -> Tensor:
+    """Rows of the tokens that this rank has, completed by the other ranks': [tokens or this rank's tokens, hidden]."""
+    rows_TH = F.embedding(torch.where(is_here_T, local_T, 0), weight_vH) * is_here_T[:, None]
+    return leave_tensor_parallel(rows_TH, place.tp, place.sequence_parallel)

@@ -1,9 +1,10 @@
 """The collectives of one training step of one rank, in closed form: how many, over which axis, and how many bytes.
 
 Bytes are those of the largest tensor of a call: what is summed (all-reduce, reduce-scatter), what comes together
-(all-gather), the message (broadcast, send, recv). T and t are the tokens of a micro-batch that this rank's matrices see
-and whose residual stream it holds (under sequence parallel T / tp), H is the hidden size, e the bytes of an activation,
-r those of an entry of the residual stream. An axis of one rank has no collectives.
+(all-gather), the message (broadcast, send, recv), one rank's part (gather, scatter). T and t are the tokens of a
+micro-batch that this rank's matrices see and whose residual stream it holds (under sequence parallel T / tp), H is the
+hidden size, e the bytes of an activation, r those of an entry of the residual stream. An axis of one rank has no
+collectives.
 
 tests/plan compares every number with a run of the training step itself on a fake process group.
 """
@@ -55,8 +56,8 @@ def step_traffic(seat: Seat, num_sources: int) -> dict[tuple[str, str], Calls]:
     """Everything that a rank says in one training step, by (axis, kind)."""
     parts = [*(chunk_traffic(seat, stage) for stage in seat.stages), shared_head_traffic(seat)]
     of_chunks = [times(seat.microbatches, part) for part in parts]
-    return total(*of_chunks, pipeline_traffic(seat), gradient_traffic(seat), muon_traffic(seat),
-                 scalar_traffic(seat, num_sources))  # fmt: skip
+    return total(*of_chunks, pipeline_traffic(seat), tied_matrix_traffic(seat), gradient_traffic(seat),
+                 muon_traffic(seat), scalar_traffic(seat, num_sources))  # fmt: skip
 
 
 def chunk_traffic(seat: Seat, stage: Stage) -> Traffic:
@@ -197,6 +198,14 @@ def pipeline_traffic(seat: Seat) -> Traffic:
     m = seat.microbatches
     return {("pp", "send"): Calls(m * sends, m * sends * message),
             ("pp", "recv"): Calls(m * receives, m * receives * message)}  # fmt: skip
+
+
+def tied_matrix_traffic(seat: Seat) -> Traffic:
+    """A tied matrix that all pipeline ranks share is gathered for the embedding; its gradient is dealt out in fp32."""
+    entries = seat.tied_entries
+    if not entries:
+        return {}
+    return {("pp", "gather"): Calls(1, entries * seat.element), ("pp", "scatter"): Calls(1, entries * FP32)}
 
 
 def gradient_traffic(seat: Seat) -> Traffic:

@@ -23,17 +23,21 @@ FP32, INT64, INT32, BOOL = 4, 8, 4, 1
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that stay from step to step; `shard_gradients` are the summed gradients of this rank's shard."""
+    """Bytes that stay from step to step; `shard_gradients` are the summed gradients of this rank's shard.
+
+    `word_copy` is the embedding's copy of a tied matrix that all pipeline ranks share, with its fp32 gradient.
+    """
 
     parameters: int
     gradients: int
     shard_gradients: int
     optimizer: int
+    word_copy: int
 
     @property
     def bytes(self) -> int:
         """All of them."""
-        return self.parameters + self.gradients + self.shard_gradients + self.optimizer
+        return self.parameters + self.gradients + self.shard_gradients + self.optimizer + self.word_copy
 
 
 def num_parameters(seat: Seat) -> int:
@@ -59,6 +63,7 @@ def state_bytes(seat: Seat) -> State:
         gradients=entries * FP32,
         shard_gradients=shard * FP32 if seat.shards > 1 else 0,
         optimizer=FP32 * (shard * (3 if has_master else 2) - of_muon),
+        word_copy=seat.copied_entries * (seat.element + FP32),
     )
 
 
@@ -174,6 +179,8 @@ def describe_memory(cfg: Config, vocab_size: int, split: tuple[int, ...], world:
         "optimizer": state.optimizer,
         "activations": active,
     }
+    if state.word_copy:
+        parts["copy of the tied matrix"] = state.word_copy
     told = ", ".join(f"{what} {size / GIB:.3g}" for what, size in parts.items())
     which = f" on pipeline rank {fullest}, the fullest" if ranks > 1 else ""
     return f"memory a rank{which}: {(state.bytes + active) / GIB:.3g} GiB ({told}), and what passes use and free"

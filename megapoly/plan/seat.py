@@ -167,7 +167,7 @@ class Seat:
     @property
     def shares_head(self) -> bool:
         """Whether all pipeline ranks hold a part of the output matrix."""
-        return self.cfg.parallel.pipeline_vocab_parallel
+        return self.cfg.parallel.shares_head
 
     @property
     def head_ranks(self) -> int:
@@ -197,7 +197,19 @@ class Seat:
     def shares_tied_matrix(self) -> bool:
         """Whether this rank holds one of two copies of a tied matrix."""
         has_one = any(s.has_embedding or s.has_head for s in self.stages)
-        return self.model.tied and has_one and not self.has_both_ends
+        return self.model.tied and has_one and not self.has_both_ends and not self.shares_head
+
+    @property
+    def tied_entries(self) -> int:
+        """Entries of this rank's rows of a tied matrix that all pipeline ranks share; 0 without one."""
+        if not (self.model.tied and self.shares_head):
+            return 0
+        return self.vocab_rows(self.head_ranks) * self.model.hidden_size
+
+    @property
+    def copied_entries(self) -> int:
+        """Entries of the embedding's copy of such a matrix: all pipeline ranks' rows, on the first."""
+        return self.pp * self.tied_entries if self.stage_rank == 0 else 0
 
     # Parameters
 
@@ -210,8 +222,8 @@ class Seat:
                 if _is_in(stage, name, self.model.tied):
                     found.setdefault(name, self._held(name, shape))
         if self.shares_head:
-            shape = self.vocab_size, self.model.hidden_size
-            found["head.weight"] = self._held("head.weight", shape)
+            name = WORD if self.model.tied else "head.weight"
+            found[name] = self._held(name, (self.vocab_size, self.model.hidden_size))
         return list(found.values())
 
     def _held(self, name: str, shape: tuple[int, ...]) -> Held:
@@ -220,7 +232,7 @@ class Seat:
             head = math.prod(shape[2:])
             return Held(name, shape, ((shape[1] - 2) // self.kv + 2) * head, is_split, 2 * head)
         if name in (WORD, "head.weight"):
-            rows = self.vocab_rows(self.tp if name == WORD else self.head_ranks)
+            rows = self.vocab_rows(self.tp if name == WORD and not self.model.tied else self.head_ranks)
             return Held(name, shape, rows * shape[1], is_split)
         return Held(name, shape, math.prod(shape) // (self.tp if is_split else 1), is_split)
 
@@ -263,7 +275,7 @@ def _is_in(stage: Stage, name: str, tied: bool) -> bool:
     if part == "layers":
         return int(rest.split(".")[0]) in stage.layers
     if name == WORD:
-        return stage.has_embedding or (stage.has_head and tied)
+        return not (tied and stage.shares_head) and (stage.has_embedding or (stage.has_head and tied))
     if name == "head.weight":
         return stage.has_head and not stage.shares_head
     return stage.has_embedding if part == "embedding" else stage.has_head

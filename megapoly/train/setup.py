@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
 from megapoly.errors import ConfigError, Echo
@@ -115,7 +115,7 @@ def layer_split(cfg: Config, vocab_size: int) -> list[int]:
     if cfg.parallel.pipeline_layer_split is not None:
         return cfg.parallel.pipeline_layer_split
     costs = [float(layer_flops(cfg.model))] * cfg.model.num_layers
-    head = 0.0 if cfg.parallel.pipeline_vocab_parallel else float(head_flops(cfg.model, vocab_size))
+    head = 0.0 if cfg.parallel.shares_head else float(head_flops(cfg.model, vocab_size))
     return split_layers(costs, 0.0, head, cfg.parallel.stages)
 
 
@@ -125,7 +125,7 @@ def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
     costs = [float(layers * layer_flops(m)) for layers in split]
     head = head_flops(m, vocab_size)
     whole = sum(costs) + head
-    costs[-1] += 0 if p.pipeline_vocab_parallel else head
+    costs[-1] += 0 if p.shares_head else head
     shares = tuple(cost * p.pipeline_model_parallel_size / whole for cost in costs)
     microbatches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * dp)
     lists = all_lists(p.schedule, p.pipeline_model_parallel_size, p.chunks, microbatches)
@@ -135,15 +135,22 @@ def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
     return f"schedule {p.schedule}{chunks}, layers per stage {split}, {idle:.1%} idle (simulated)"
 
 
-def build_chunks(cfg: Config, vocab_size: int, stages: list[Stage], place: Placement) -> list[Transformer]:
-    """This rank's parts of the model, initialised; embedding and tied head of one rank are one parameter."""
+def build_chunks(
+    cfg: Config, vocab_size: int, stages: list[Stage], place: Placement, mesh: Mesh
+) -> tuple[list[Transformer], SharedHead | None]:
+    """This rank's chunks and its part of a shared head, initialised; what is tied on one rank is one parameter."""
     backends = choose_backends(cfg.precision, place.device)
+    head = SharedHead(cfg, vocab_size, mesh, place, backends) if cfg.parallel.shares_head else None
+    if head is not None:
+        initialize(head, cfg.train.seed)
+    word: nn.Module | None = None if head is None or head.tied is None else head.tied.copy
     chunks: list[Transformer] = []
     for stage in stages:
-        word = chunks[0].embedding["word"] if stage.has_head and chunks and chunks[0].stage.has_embedding else None
-        chunks.append(Transformer(cfg, vocab_size, stage, place, backends, word if cfg.model.tied else None))
+        if cfg.model.tied and stage.has_head and chunks and chunks[0].stage.has_embedding:
+            word = chunks[0].embedding["word"]
+        chunks.append(Transformer(cfg, vocab_size, stage, place, backends, word))
         initialize(chunks[-1], cfg.train.seed)
-    return chunks
+    return chunks, head
 
 
 def build_run(prepared: Prepared, mesh: Mesh) -> Run:
@@ -157,15 +164,12 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     )  # fmt: skip
     folding = placement_for(cfg.parallel.schedule, mesh.pp.size, cfg.parallel.chunks)
     numbers = [folding.stage_of(mesh.pp.rank, chunk) for chunk in range(folding.chunks)]
-    stages = [make_stage(split, number, cfg.parallel.pipeline_vocab_parallel) for number in numbers]
-    chunks = build_chunks(cfg, prepared.vocab_size, stages, place)
-    head = None
-    if cfg.parallel.pipeline_vocab_parallel:
-        head = SharedHead(cfg, prepared.vocab_size, mesh.vocab, place, chunks[0].backends)
-        initialize(head, cfg.train.seed)
+    stages = [make_stage(split, number, cfg.parallel.shares_head) for number in numbers]
+    chunks, head = build_chunks(cfg, prepared.vocab_size, stages, place, mesh)
     wire = torch.float32 if cfg.precision.accumulate_allreduce_grads_in_fp32 else torch.bfloat16
     parts = chunks if head is None else [*chunks, head]
-    buffers = FlatBuffers(parts, mesh, m.tied and folding.ends_apart, cfg.parallel, wire)
+    has_copies = m.tied and folding.ends_apart and head is None
+    buffers = FlatBuffers(parts, mesh, has_copies, cfg.parallel, wire)
     shares = mesh.cp.size * (mesh.tp.size if cfg.parallel.sequence_parallel else 1)
     tokens = cfg.train.micro_batch_size * m.seq_length // shares
     pipeline = Pipeline(

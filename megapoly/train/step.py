@@ -57,6 +57,7 @@ def train_step(run: Run, step: int) -> StepStats:
 
 def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: Tensor) -> None:
     """Micro-batches through the pipeline, and back where gradients are enabled; the last stage counts losses."""
+    tied = None if run.head is None else run.head.tied
 
     def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
         model = run.chunks[chunk]
@@ -73,7 +74,11 @@ def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: 
         objective.backward()
         return run.head.own(normed_TH.grad)
 
+    if tied is not None:
+        tied()
     run.pipeline.run(len(batches), forward, head)
+    if tied is not None and torch.is_grad_enabled():
+        tied.collect()
 
 
 def objective_of(

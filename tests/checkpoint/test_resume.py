@@ -35,6 +35,7 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
         (1, 1, 2, "llama", {"bf16": True}),
         (1, 2, 1, "gpt2", {"bf16": True, "pipeline_schedule": "zb-v"}),
         (2, 1, 2, "llama", {"bf16": True, "optimizer": "muon"}),
+        (2, 2, 2, "gpt2", {"bf16": True, "pipeline_vocab_parallel": True, "sequence_parallel": True}),
     ],
 )
 def test_resume_is_bit_equal(
@@ -44,11 +45,12 @@ def test_resume_is_bit_equal(
     layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **options}
     straight = tiny_config(tmp_path, family, STEPS, run_dir=str(tmp_path / "straight"), **layout)
     parts = {"run_dir": str(tmp_path / "parts"), **layout}
-    expected = run_ranks(run_to_end, straight, tp=tp, pp=pp, dp=dp)[0]
+    ranks = {"tp": tp, "pp": pp, "dp": dp, "shares_vocab": straight.parallel.shares_head}
+    expected = run_ranks(run_to_end, straight, **ranks)[0]
     # Step 2 lies within the first stage, step 3 on its border (exit_interval stops at every multiple).
-    run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, exit_interval=2, **parts), tp=tp, pp=pp, dp=dp)
-    run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, exit_interval=3, **parts), tp=tp, pp=pp, dp=dp)
-    resumed = run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, **parts), tp=tp, pp=pp, dp=dp)[0]
+    run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, exit_interval=2, **parts), **ranks)
+    run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, exit_interval=3, **parts), **ranks)
+    resumed = run_ranks(run_to_end, tiny_config(tmp_path, family, STEPS, **parts), **ranks)[0]
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(resumed[name], tensor), f"{name} differs after resuming"
@@ -135,19 +137,32 @@ def test_neither_shards_nor_instances_nor_buckets_are_in_a_checkpoint(
             assert torch.equal(loaded[name], tensor), name
 
 
-@pytest.mark.parametrize("saves_shared", [True, False])
-def test_a_head_shared_by_pipeline_ranks_is_in_no_checkpoint(saves_shared: bool, tmp_path: Path) -> None:
-    def on(tp: int, pp: int, shares: bool) -> tuple[Config, dict[str, Any]]:
+@pytest.mark.parametrize(
+    ("family", "saves_shared", "options"),
+    [
+        ("llama", True, {}),
+        ("llama", False, {}),
+        ("gpt2", True, {"make_vocab_size_divisible_by": 1}),
+        ("gpt2", False, {}),
+        ("gpt2", True, {"bf16": True, "optimizer": "muon"}),
+    ],
+)
+def test_a_head_shared_by_pipeline_ranks_is_in_no_checkpoint(
+    family: str, saves_shared: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    def on(tp: int, pp: int, dp: int, shares: bool) -> tuple[Config, dict[str, Any]]:
         cfg = tiny_config(
-            tmp_path, "llama", 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-            pipeline_vocab_parallel=shares,
+            tmp_path, family, 2, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            pipeline_vocab_parallel=shares, **options,
         )  # fmt: skip
-        return cfg, {"tp": tp, "pp": pp, "shares_vocab": shares}
+        return cfg, {"tp": tp, "pp": pp, "dp": dp, "shares_vocab": shares}
 
-    cfg, ranks = on(2, 2, saves_shared)
+    matrix = "head.weight" if family == "llama" else "embedding.word.weight"
+    cfg, ranks = on(2, 2, 1, saves_shared)
     expected = run_ranks(run_to_end, cfg, **ranks)[0]
-    assert expected["model.head.weight"].shape == (1003, 144)
-    for layout in ((1, 3, not saves_shared), (1, 1, False), (1, 2, True)):
+    assert expected[f"model.{matrix}"].shape == expected[f"exp_avg.{matrix}"].shape == (1003, 144)
+    assert ("model.head.weight" in expected) == (family == "llama")
+    for layout in ((1, 3, 2, not saves_shared), (1, 1, 1, False), (1, 2, 2, True), (2, 2, 1, not saves_shared)):
         cfg, ranks = on(*layout)
         loaded = run_ranks(load_state, cfg, **ranks)[0]
         assert loaded.keys() == expected.keys()

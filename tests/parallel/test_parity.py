@@ -124,7 +124,10 @@ def test_every_schedule_trains_like_one_process(
 @pytest.mark.parametrize(
     ("family", "tp", "pp", "dp", "loss_backend"),
     [("llama", 1, 2, 1, "torch"), ("gpt_neox", 2, 2, 1, "torch"), ("llama", 1, 4, 1, "fused_linear"),
-     ("gpt_neox", 2, 2, 2, "fused_linear"), ("llama", 2, 4, 1, "fused_linear"), ("llama", 1, 1, 2, "fused_linear")],
+     ("gpt_neox", 2, 2, 2, "fused_linear"), ("llama", 2, 4, 1, "fused_linear"), ("llama", 1, 1, 2, "fused_linear"),
+     # Of tied matrices:
+     ("gpt2", 1, 2, 1, "torch"), ("gpt2", 2, 2, 1, "fused_linear"), ("gpt2", 1, 4, 1, "fused_linear"),
+     ("gpt2", 2, 2, 2, "fused_linear"), ("gpt2", 2, 3, 1, "torch"), ("gpt2", 2, 1, 1, "fused_linear")],
 )  # fmt: skip
 def test_a_head_shared_by_all_pipeline_ranks_trains_like_one_process(
     family: str, tp: int, pp: int, dp: int, loss_backend: str, folder: Path

@@ -62,6 +62,11 @@ MLP, NORM, WORD = "layers.1.mlp.down.weight", "layers.2.mlp_norm.weight", "embed
         ({"tp": 2, "pp": 2}, 3, NORM, 3, "ranks 2, 3 differ from each other in the bits of '" + NORM + "'"),
         ({"pp": 2, "dp": 1}, 1, WORD, 3, "ranks 0, 1 differ from each other in the bits of '" + WORD + "'"),
         ({"tp": 4, "kv": 2}, 2, KEY, 1, "ranks 2, 3 differ from each other in the bits of '" + KEY + "'"),
+        (
+            {"pp": 2, "dp": 3, "shares_vocab": True}, 4, WORD, 9,
+            "rank 4 differs from most of the 3 ranks that hold the same in the bits of '" + WORD + "'",
+        ),
+        ({"tp": 2, "pp": 2, "shares_vocab": True}, -1, WORD, 0, ""),
         ({"tp": 4, "kv": 2}, -1, MLP, 0, ""),
         ({"tp": 2, "dp": 2}, -1, MLP, 0, ""),
     ],
@@ -73,6 +78,7 @@ def test_the_rank_with_one_wrong_bit_is_named(
         tmp_path, "gpt2", bf16=True, ddp_bucket_size=40_000, tensor_model_parallel_size=layout.get("tp", 1),
         pipeline_model_parallel_size=layout.get("pp", 1), global_batch_size=12, num_attention_heads=8,
         num_distributed_optimizer_instances=layout.get("instances", 1),
+        pipeline_vocab_parallel=layout.get("shares_vocab", False),
     )  # fmt: skip
     outcomes = run_ranks(outcome, cfg, rank, name, 5, bit, **layout)
     if not said:

@@ -89,6 +89,8 @@ def rows_for(most_ranks: int, strength: int, folder: Path) -> list[Row]:
     def is_possible(row: Row) -> bool:
         if world_of(row) > most_ranks or (row["tp"] == "1" and row["tokens"] != "whole"):
             return False  # most are, and so need not be asked one by one
+        if row["schedule"] == "shared head" and row["pp"] == "1":
+            return False  # one rank has nobody to share with
         try:
             check(changed(plain[row["family"]], leaves(row)), world_of(row))
         except ConfigError:

@@ -33,6 +33,7 @@ LARGE: dict[str, tuple[int, dict[str, Any]]] = {
         256,
         POLYLM | {"global_batch_size": 32, "context_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
     ),
+    "13b, a shared head": (256, POLYLM | {"global_batch_size": 64, "pipeline_vocab_parallel": True}),
     "40b, TP 8 PP 8 DP 32": (2048, FORTY | {"global_batch_size": 320}),
     "40b llama, CP 2, 2 chunks, 2 instances": (
         2048,
@@ -60,6 +61,24 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
     "head shared by the pipeline": (
         8, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
             "pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": True},
+    ),
+    "tied head shared by the pipeline": (
+        16, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+             "pipeline_vocab_parallel": True, "untie_embeddings_and_output_weights": False, "ddp_bucket_size": 50_000,
+             "num_distributed_optimizer_instances": 2},
+    ),
+    "tied head shared by a pipeline alone, fp32": (
+        3, {"pipeline_model_parallel_size": 3, "pipeline_vocab_parallel": True, "bf16": False,
+            "untie_embeddings_and_output_weights": False, "make_vocab_size_divisible_by": 1},
+    ),
+    "tied head shared by the pipeline, Muon, CP 2": (
+        8, {"pipeline_model_parallel_size": 4, "pipeline_vocab_parallel": True, "context_parallel_size": 2,
+            "untie_embeddings_and_output_weights": False, "optimizer": "muon", "loss_backend": "triton",
+            "accumulate_allreduce_grads_in_fp32": False},
+    ),
+    "head shared by a pipeline of one": (
+        4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_vocab_parallel": True,
+            "untie_embeddings_and_output_weights": True},
     ),
     "CP 2": (4, {"context_parallel_size": 2}),
     "plain loss": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "loss_backend": "triton"}),
@@ -103,6 +122,8 @@ def assert_as_planned(run: Run, seat: Seat) -> None:
     kept = [adam.exp_avg.flat, adam.exp_avg_sq.flat, adam.momentum.flat]
     kept += [adam.master] if adam.master is not buffers.params else []
     assert state.optimizer == sum(x.nbytes for x in kept)
+    copy = run.head.tied.copy if run.head is not None and run.head.tied is not None else None
+    assert state.word_copy == (0 if copy is None else copy.rows.nbytes + copy.gradient.nbytes)
 
     static = [buffers.params, *(x for chunk in run.chunks for x in chunk.table or ())]
     with Kept(static) as graphs, Collectives(run.mesh) as collectives:

@@ -196,6 +196,17 @@ def test_dry_run_prints_and_trains_nothing(data: Path, tmp_path: Path) -> None:
     whole, *parts = (float(number) for number in re.findall(r"\d\.\d+", line))
     assert len(parts) == 4 and min(parts) > 0 and whole == pytest.approx(sum(parts), rel=0.02), line
     assert not (tmp_path / "run").exists()
+    assert "tied matrix" not in done.stdout
+
+
+def test_dry_run_counts_the_copy_of_a_tied_matrix(data: Path, tmp_path: Path) -> None:
+    """bf16 and an fp32 gradient: 6 bytes of each of 2,048 x 4,096 entries on one of two tensor-parallel ranks."""
+    script = [sys.executable, str(ROOT / "examples/pretrain_polylm.sh"), "--dry-run", "--bf16"]
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--pipeline-vocab-parallel"]
+    sizes = ["--vocab-size", "4096", "--hidden-size", "4096"]
+    done = run([*script, *flags(data, "run"), *layout, *sizes], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "copy of the tied matrix 0.0469)" in done.stdout
 
 
 def bad_file(data: Path, folder: Path, damage: str) -> list[str]:
