@@ -123,6 +123,9 @@ class DataConfig:
     data_root: str = option("data", "where a preset finds {source}_text_document.bin/.idx")
     sources: list[Source] = option([], "the sources (YAML only)")
     block_length: int | None = option(None, "tokens in a slice of a source, fixed for the run (default seq_length)")
+    reset_attention_mask: bool = option(False, "tokens do not see those of another document in their sequence")
+    reset_position_ids: bool = option(False, "positions begin anew with each document")
+    eod_mask_loss: bool = option(False, "what follows the end of a document does not count in the loss")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megapoly.data.batch import Batch, batch_of
+from megapoly.data.batch import Batch, Documents, batch_of
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan
 from megapoly.data.indexed import TokenStream
@@ -43,8 +43,11 @@ class Deal:
 class TrainLoader:
     """Micro-batches of any samples, by random access; `sizes` says how large a batch is, where that is not constant."""
 
-    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None) -> None:
-        self.plan, self.streams, self.deal = plan, streams, deal
+    def __init__(
+        self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None,
+        documents: Documents | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.streams, self.deal, self.documents = plan, streams, deal, documents
         self.sizes = sizes or BatchSizes(deal.global_batch_size, deal.global_batch_size)
         self.sampler = plan.sampler()
         self._window = (0, self.sampler.samples(0, 0))
@@ -74,7 +77,8 @@ class TrainLoader:
                 else np.empty(0, dtype=np.int64)
                 for i in samples
             ]
-            batches.append(batch_of(pieces, [int(sources[i]) if i < end - first else 0 for i in samples], length))
+            origins = [int(sources[i]) if i < end - first else 0 for i in samples]
+            batches.append(batch_of(pieces, origins, length, self.documents))
         return batches
 
 
@@ -82,9 +86,10 @@ class ValidLoader:
     """The held-out text of all sources, every token once, in slices of the same length as in training."""
 
     def __init__(
-        self, streams: Sequence[TokenStream | None], block_length: int, deal: Deal, max_batches: int | None
-    ) -> None:
-        self.streams, self.block_length, self.deal = streams, block_length, deal
+        self, streams: Sequence[TokenStream | None], block_length: int, deal: Deal, max_batches: int | None,
+        documents: Documents | None = None,
+    ) -> None:  # fmt: skip
+        self.streams, self.block_length, self.deal, self.documents = streams, block_length, deal, documents
         slices = [
             (source, begin)
             for source, stream in enumerate(streams)
@@ -117,5 +122,5 @@ class ValidLoader:
                 else:
                     pieces.append(stream.read(begin, min(begin + self.block_length + 1, stream.num_tokens)))
                 sources.append(source)
-            batches.append(batch_of(pieces, sources, self.block_length))
+            batches.append(batch_of(pieces, sources, self.block_length, self.documents))
         return batches
