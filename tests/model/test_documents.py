@@ -93,7 +93,7 @@ def test_no_gradient_crosses_a_border(family: str) -> None:
             {"pp": 2},
             {"pipeline_schedule": "zb-h1", "recompute_granularity": "selective", "eod_mask_loss": True},
         ),
-        ("gpt2", {"pp": 2}, {"recompute_granularity": "full"}),
+        ("gpt2", {"cp": 2, "pp": 2}, {"recompute_granularity": "full"}),
     ],
 )
 def test_every_layout_keeps_documents_apart(
@@ -108,3 +108,11 @@ def test_every_layout_keeps_documents_apart(
         assert_same_training(of_rank, alone)
     plain = run_ranks(steps_of, tiny_config(tmp_path, family, STEPS), STEPS)[0]
     assert plain["losses"] != pytest.approx(alone["losses"], rel=1e-5)
+
+
+def test_held_out_documents_are_apart_too(tmp_path: Path) -> None:
+    switches: list[dict[str, bool]] = [{}, {"reset_attention_mask": True}, {"eod_mask_loss": True}]
+    seen = [run_ranks(steps_of, tiny_config(tmp_path, "llama", 2, **switch), 0)[0] for switch in switches]
+    plain, apart, masked = (result["held_out"] for result in seen)
+    assert plain != pytest.approx(apart, rel=1e-5) and plain != pytest.approx(masked, rel=1e-5)
+    assert sum(seen[2]["held_out_tokens"]) < sum(seen[1]["held_out_tokens"]) == sum(seen[0]["held_out_tokens"])
