@@ -15,6 +15,7 @@ from megapoly.data.batch import Batch, Documents, batch_of
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan
 from megapoly.data.indexed import TokenStream
+from megapoly.data.infilling import Infilling
 from megapoly.data.sampler import permute
 
 WINDOW = 4096  # samples whose places are looked up at once: a step's few would cost nearly as many calls as these
@@ -45,9 +46,9 @@ class TrainLoader:
 
     def __init__(
         self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None,
-        documents: Documents | None = None,
+        documents: Documents | None = None, infilling: Infilling | None = None,
     ) -> None:  # fmt: skip
-        self.plan, self.streams, self.deal, self.documents = plan, streams, deal, documents
+        self.plan, self.streams, self.deal, self.documents, self.infilling = plan, streams, deal, documents, infilling
         self.sizes = sizes or BatchSizes(deal.global_batch_size, deal.global_batch_size)
         self.sampler = plan.sampler()
         self._window = (0, self.sampler.samples(0, 0))
@@ -71,12 +72,13 @@ class TrainLoader:
             # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took
             # the same places could see one source only.
             samples = [permute(place, size, first) for place in deal.positions(microbatch)]
-            pieces = [
-                self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
-                if i < end - first
-                else np.empty(0, dtype=np.int64)
-                for i in samples
-            ]
+            pieces: list[NDArray[np.int64]] = []
+            for i in samples:
+                if i >= end - first:
+                    pieces.append(np.empty(0, dtype=np.int64))
+                    continue
+                piece = self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
+                pieces.append(piece if self.infilling is None else self.infilling.apply(piece, sources[i], first + i))
             origins = [int(sources[i]) if i < end - first else 0 for i in samples]
             batches.append(batch_of(pieces, origins, length, self.documents))
         return batches

@@ -196,7 +196,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         loss_scaler=LossScaler.of(cfg.precision),
         pipeline=pipeline,
-        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents, prepared.infilling),
         valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters, documents),
     )
 
