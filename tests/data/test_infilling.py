@@ -18,7 +18,7 @@ from megapoly.tokenizer.load import load_tokenizer
 from megapoly.tokenizer.train import train_byte_level_bpe
 
 EOD, PREFIX, MIDDLE, SUFFIX = 0, 1, 2, 3
-samples = st.lists(st.one_of(st.just(EOD), st.integers(4, 20)), min_size=1, max_size=60)
+texts = st.lists(st.lists(st.integers(4, 20), max_size=30), min_size=1, max_size=4)
 
 
 def infilling(rate: float = 1.0, spm_rate: float = 0.5, seed: int = 7) -> Infilling:
@@ -41,9 +41,11 @@ def put_together(document: list[int]) -> tuple[str, list[int]]:
     return "psm", document[1:suffix] + document[middle + 1 :] + document[suffix + 1 : middle]
 
 
-@given(samples, st.integers(0, 10**15), st.floats(0, 1), st.sampled_from([np.int64, np.uint16]))
-def test_what_is_cut_can_be_put_together_again(ids: list[int], sample: int, spm_rate: float, dtype: type) -> None:
-    tokens = np.array(ids, dtype)
+@given(texts, st.integers(0, 10**15), st.floats(0, 1), st.sampled_from([np.int64, np.uint16]))
+def test_what_is_cut_can_be_put_together_again(
+    text: list[list[int]], sample: int, spm_rate: float, dtype: type
+) -> None:
+    tokens = np.array([token for document in text for token in (*document, EOD)], dtype)
     made = infilling(spm_rate=spm_rate).apply(tokens, 0, sample)
     assert made.dtype == dtype and len(made) == len(tokens)
     assert ((made == EOD) == (tokens == EOD)).all()
@@ -97,7 +99,11 @@ def test_no_rank_changes_what_is_cut(tmp_path: Path) -> None:
     how = Infilling(EOD, 1000, 1001, 1002, (1.0, 0.0), 0.5, 3)
     plain, alone = rows(1, None), rows(1, how)
     assert alone == rows(4, how) and alone[1] == plain[1] and alone[0] != plain[0]
-    assert any(1000 in row for row in alone[0])
+    expected = []
+    for n, source, offset in zip(range(16, 24), *plan.sampler().samples(16, 24)[::2], strict=True):
+        if source == 0:
+            expected.append(how.apply(streams[0].read(16 * offset, 16 * offset + 17), 0, n).tolist())
+    assert alone[0] == sorted(expected) and any(1000 in row for row in alone[0])
 
 
 def test_the_marks_are_the_tokenizers(tmp_path: Path) -> None:
@@ -108,8 +114,11 @@ def test_the_marks_are_the_tokenizers(tmp_path: Path) -> None:
     code = Source(name="code", language="en", kind="code")
     text = Source(name="text", language="en", fim_rate=0.1)
     plain = Source(name="plain", language="en")
-    made = make_infilling(DataConfig(sources=[code, text, plain], fim_rate=0.5, fim_spm_rate=0.25), tokenizer, 9)
-    assert made == Infilling(0, 1, 2, 3, (0.5, 0.1, 0.0), 0.25, 9)
+    spared = Source(name="spared", language="en", kind="code", fim_rate=0.0)
+    made = make_infilling(
+        DataConfig(sources=[code, text, plain, spared], fim_rate=0.5, fim_spm_rate=0.25), tokenizer, 9
+    )
+    assert made == Infilling(0, 1, 2, 3, (0.5, 0.1, 0.0, 0.0), 0.25, 9)
     assert make_infilling(DataConfig(sources=[plain], fim_rate=0.5), tokenizer, 9) is None
     lacking = load_tokenizer("HuggingFaceTokenizer", str(tmp_path / "without"))
     with pytest.raises(TokenizerError, match="no token '<fim_prefix>' for fim_prefix_token"):
