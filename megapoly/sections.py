@@ -110,6 +110,7 @@ class Source:
     weight: float = 1.0
     paths: list[str] = field(default_factory=list)
     valid_paths: list[str] = field(default_factory=list)
+    fim_rate: float | None = None
 
     @property
     def is_non_english(self) -> bool:
@@ -123,6 +124,14 @@ class DataConfig:
     data_root: str = option("data", "where a preset finds {source}_text_document.bin/.idx")
     sources: list[Source] = option([], "the sources (YAML only)")
     block_length: int | None = option(None, "tokens in a slice of a source, fixed for the run (default seq_length)")
+    reset_attention_mask: bool = option(False, "tokens do not see those of another document in their sequence")
+    reset_position_ids: bool = option(False, "positions begin anew with each document")
+    eod_mask_loss: bool = option(False, "what follows the end of a document does not count in the loss")
+    fim_rate: float = option(0.0, "part of the documents of code whose middle is moved to their end, to be filled in")
+    fim_spm_rate: float = option(0.5, "part of these in which the suffix comes before the prefix")
+    fim_prefix_token: str = option("<fim_prefix>", "the token that marks a prefix")
+    fim_middle_token: str = option("<fim_middle>", "the token that marks a middle")
+    fim_suffix_token: str = option("<fim_suffix>", "the token that marks a suffix")
 
 
 @dataclass(frozen=True, kw_only=True)

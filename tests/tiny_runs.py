@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,11 +120,12 @@ def tiny_config(folder: Path, family: str, steps: int = 20, **leaves: Any) -> Co
 
 
 def tiny_prepared(cfg: Config) -> Prepared:
-    """As megapoly.train.setup.prepare, but without a tokenizer: the vocabulary's size is given."""
+    """As megapoly.train.prepare.prepare, but without a tokenizer: the vocabulary's size is given, and 0 ends documents."""
     streams = open_sources(cfg, VOCAB)
     plan = make_plan(cfg, [stream.num_tokens for stream in streams])
     valid = [TokenStream(source.valid_paths, VOCAB) for source in cfg.data.sources]
-    return Prepared(cfg, None, VOCAB, streams, valid, plan, run_length(cfg, plan))
+    ends = SimpleNamespace(eod=0) if cfg.data.reset_attention_mask or cfg.data.eod_mask_loss else None
+    return Prepared(cfg, ends, VOCAB, streams, valid, plan, run_length(cfg, plan))
 
 
 def tiny_run(mesh: Mesh, cfg: Config) -> Run:

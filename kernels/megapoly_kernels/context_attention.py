@@ -53,7 +53,7 @@ class LocalChunks:
     `chunks` are the numbers of these chunks, ascending, out of `num_chunks`. The t flat local tokens lie in the order
     [batch, chunks, tokens of a chunk], the T keys in the order [batch, length]. Row i is token own_t[i] of the T and
     sees the keys from first_t[i] to itself; key j is seen by rows from begin_T[j] to before end_T[j]; all int32.
-    `position_t` is the place of each local token in its document.
+    `position_t` is the position of each local token: its place in its document, or what was put there.
     """
 
     batch: int

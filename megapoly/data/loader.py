@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megapoly.data.batch import Batch, batch_of
+from megapoly.data.batch import Batch, Documents, batch_of
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan
 from megapoly.data.indexed import TokenStream
+from megapoly.data.infilling import Infilling
 from megapoly.data.sampler import permute
 
 WINDOW = 4096  # samples whose places are looked up at once: a step's few would cost nearly as many calls as these
@@ -43,8 +44,11 @@ class Deal:
 class TrainLoader:
     """Micro-batches of any samples, by random access; `sizes` says how large a batch is, where that is not constant."""
 
-    def __init__(self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None) -> None:
-        self.plan, self.streams, self.deal = plan, streams, deal
+    def __init__(
+        self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None,
+        documents: Documents | None = None, infilling: Infilling | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.streams, self.deal, self.documents, self.infilling = plan, streams, deal, documents, infilling
         self.sizes = sizes or BatchSizes(deal.global_batch_size, deal.global_batch_size)
         self.sampler = plan.sampler()
         self._window = (0, self.sampler.samples(0, 0))
@@ -68,13 +72,15 @@ class TrainLoader:
             # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took
             # the same places could see one source only.
             samples = [permute(place, size, first) for place in deal.positions(microbatch)]
-            pieces = [
-                self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
-                if i < end - first
-                else np.empty(0, dtype=np.int64)
-                for i in samples
-            ]
-            batches.append(batch_of(pieces, [int(sources[i]) if i < end - first else 0 for i in samples], length))
+            pieces: list[NDArray[np.int64]] = []
+            for i in samples:
+                if i >= end - first:
+                    pieces.append(np.empty(0, dtype=np.int64))
+                    continue
+                piece = self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
+                pieces.append(piece if self.infilling is None else self.infilling.apply(piece, sources[i], first + i))
+            origins = [int(sources[i]) if i < end - first else 0 for i in samples]
+            batches.append(batch_of(pieces, origins, length, self.documents))
         return batches
 
 
@@ -82,9 +88,10 @@ class ValidLoader:
     """The held-out text of all sources, every token once, in slices of the same length as in training."""
 
     def __init__(
-        self, streams: Sequence[TokenStream | None], block_length: int, deal: Deal, max_batches: int | None
-    ) -> None:
-        self.streams, self.block_length, self.deal = streams, block_length, deal
+        self, streams: Sequence[TokenStream | None], block_length: int, deal: Deal, max_batches: int | None,
+        documents: Documents | None = None,
+    ) -> None:  # fmt: skip
+        self.streams, self.block_length, self.deal, self.documents = streams, block_length, deal, documents
         slices = [
             (source, begin)
             for source, stream in enumerate(streams)
@@ -117,5 +124,5 @@ class ValidLoader:
                 else:
                     pieces.append(stream.read(begin, min(begin + self.block_length + 1, stream.num_tokens)))
                 sources.append(source)
-            batches.append(batch_of(pieces, sources, self.block_length))
+            batches.append(batch_of(pieces, sources, self.block_length, self.documents))
         return batches

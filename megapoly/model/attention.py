@@ -12,7 +12,8 @@ from megapoly.parallel.linear import ColumnParallelLinear, Remake, RowParallelLi
 from megapoly.parallel.tensor import Placement
 from megapoly.sections import ModelConfig
 
-RotaryTable = tuple[Tensor, Tensor]  # cos and sin, each fp32 [positions, rotary_dim / 2]
+# Cos and sin, each fp32 [positions, rotary_dim / 2]; the tokens' positions, int32, where not those in their sequences.
+RotaryTable = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Attention(nn.Module):
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         return result
 
     def _core(self, qkv_TF: Tensor, sequences: Sequences | LocalChunks, table: RotaryTable | None) -> tuple[Tensor]:
-        cos, sin = table if table is not None else (None, None)
+        cos, sin, position_T = table if table is not None else (None, None, None)
         if isinstance(sequences, LocalChunks):
             exchange = KeyExchange(self.cp, sequences.batch)
             out_ThK = context_attention(
@@ -57,6 +58,7 @@ class Attention(nn.Module):
             # The projection's backward does not read its output: the kernel may rotate it where it lies, but only once.
             is_free = self.run_core is kept
             out_ThK = rotary_attention(
-                qkv_TF, self.shape, sequences, cos, sin, scale=self.scale, in_place=is_free, backend=self.backend
-            )
+                qkv_TF, self.shape, sequences, cos, sin, position_T=position_T, scale=self.scale, in_place=is_free,
+                backend=self.backend,
+            )  # fmt: skip
         return (out_ThK.flatten(1),)

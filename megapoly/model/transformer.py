@@ -10,6 +10,7 @@ from megapoly_kernels import Backends, LocalChunks, Sequences, rotary_table
 from torch import Tensor, nn
 
 from megapoly.checks import padded_vocab_size
+from megapoly.model.attention import RotaryTable
 from megapoly.model.block import Block, joined
 from megapoly.model.norm import Norm
 from megapoly.model.offload import HostMemory
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         m = cfg.model
-        self.m, self.stage, self.vocab_size, self.backends = m, stage, vocab_size, backends
+        self.m, self.data, self.stage, self.vocab_size, self.backends = m, cfg.data, stage, vocab_size, backends
         self.place = dataclasses.replace(place, fp8=False)  # FP8 is for the blocks: logits keep their precision
         self.residual_dtype = torch.float32 if cfg.precision.fp32_residual_connection else place.dtype
         padded = padded_vocab_size(vocab_size, cfg.tokenizer.make_vocab_size_divisible_by, place.tp.size)
@@ -83,23 +84,25 @@ class Transformer(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    def forward(self, tokens_BS: Tensor, hidden_tH: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, hidden_tH: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Run this stage: token ids [batch, sequence], on later stages also the residual stream received.
 
-        Under context parallel the ids are this rank's chunks of each sequence (see parallel/context.py).
+        Under context parallel the ids are this rank's chunks of each sequence (see parallel/context.py). `cu_seqlens`,
+        int32 [documents + 1], is where documents begin in the flat whole sequences, for what is reset with them.
 
         Returns the residual stream for the next stage, [tokens of this rank, hidden], or after the last block the
         normed hidden states.
         """
-        sequences = self._sequences(tokens_BS)
-        residual_tH = self._embed(tokens_BS, sequences) if hidden_tH is None else hidden_tH
+        sequences, position_T = self._sequences(tokens_BS, cu_seqlens)
+        table = None if self.table is None else (*self.table, position_T)
+        residual_tH = self._embed(tokens_BS, sequences, position_T) if hidden_tH is None else hidden_tH
         branch_tH: Tensor | None = None
         for blocks, is_redone in self.groups:
             if is_redone:
-                run = partial(self._run_whole, blocks, sequences)
+                run = partial(self._run_whole, blocks, sequences, table)
                 branch_tH, (residual_tH,) = None, redone(run, joined(branch_tH, residual_tH), host=self.host)
             else:
-                branch_tH, residual_tH = self._run(blocks, sequences, branch_tH, residual_tH)
+                branch_tH, residual_tH = self._run(blocks, sequences, table, branch_tH, residual_tH)
         if self.stage.has_head:
             normed_tH, _ = self.final_norm(branch_tH, residual_tH)
             result: Tensor = normed_tH
@@ -111,30 +114,41 @@ class Transformer(nn.Module):
         self,
         blocks: Sequence[nn.Module],
         sequences: Sequences | LocalChunks,
+        table: RotaryTable | None,
         branch_tH: Tensor | None,
         residual_tH: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
         for block in blocks:
-            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, self.table)
+            branch_tH, residual_tH = block(branch_tH, residual_tH, sequences, table)
         return branch_tH, residual_tH
 
     def _run_whole(
-        self, blocks: Sequence[nn.Module], sequences: Sequences | LocalChunks, residual_tH: Tensor
-    ) -> tuple[Tensor]:
-        return (joined(*self._run(blocks, sequences, None, residual_tH)),)
+        self, blocks: Sequence[nn.Module], sequences: Sequences | LocalChunks, table: RotaryTable | None,
+        residual_tH: Tensor,
+    ) -> tuple[Tensor]:  # fmt: skip
+        return (joined(*self._run(blocks, sequences, table, None, residual_tH)),)
 
-    def _sequences(self, tokens_BS: Tensor) -> Sequences | LocalChunks:
-        cp, (batch, length) = self.place.cp, tokens_BS.shape
+    def _sequences(self, tokens_BS: Tensor, cu_seqlens: Tensor | None) -> tuple[Sequences | LocalChunks, Tensor | None]:
+        """Which tokens see each other, and the positions of the tokens where those are not their places in it."""
+        cp, (batch, length), device = self.place.cp, tokens_BS.shape, tokens_BS.device
+        length *= cp.size
+        whole = Sequences(length)
+        documents = whole if cu_seqlens is None else Sequences.packed(cu_seqlens, batch * length)
+        seen = documents if self.data.reset_attention_mask else whole
+        counted = documents if self.data.reset_position_ids else whole
+        position_T = None if counted is seen else counted.positions(batch * length, device)
         if cp.size == 1:
-            return Sequences(length)
-        whole = length * cp.size
-        chunks = chunks_of(cp.rank, cp.size)
-        return LocalChunks.of(Sequences(whole), batch, whole, chunks, 2 * cp.size, tokens_BS.device)
+            return seen, position_T
+        local = LocalChunks.of(seen, batch, length, chunks_of(cp.rank, cp.size), 2 * cp.size, device)
+        if position_T is not None:
+            local = dataclasses.replace(local, position_t=position_T.index_select(0, local.own_t))
+        return local, None
 
-    def _embed(self, tokens_BS: Tensor, sequences: Sequences | LocalChunks) -> Tensor:
+    def _embed(self, tokens_BS: Tensor, sequences: Sequences | LocalChunks, position_T: Tensor | None) -> Tensor:
         hidden_tH: Tensor = self.embedding["word"](tokens_BS.flatten())
         if "position" in self.embedding:
-            position_T = sequences.positions(tokens_BS.numel(), tokens_BS.device)
+            if position_T is None:
+                position_T = sequences.positions(tokens_BS.numel(), tokens_BS.device)
             if self.place.sequence_parallel:
                 position_T = position_T.chunk(self.place.tp.size)[self.place.tp.rank]
             hidden_tH = hidden_tH + self.embedding["position"](position_T)

@@ -25,7 +25,7 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
 
 
 def local_batch(batch: Batch, cp: Axis) -> Batch:
-    """This rank's part of a micro-batch, [batch, sequence / cp]."""
+    """This rank's part of a micro-batch, [batch, sequence / cp]; documents are those of the whole one."""
     if cp.size == 1:
         return batch
 
@@ -33,7 +33,7 @@ def local_batch(batch: Batch, cp: Axis) -> Batch:
         chunk_BS = np.split(x_BS, 2 * cp.size, axis=1)
         return np.concatenate([chunk_BS[chunk] for chunk in chunks_of(cp.rank, cp.size)], axis=1)
 
-    return Batch(part(batch.tokens), part(batch.labels), part(batch.mask), batch.sources)
+    return Batch(part(batch.tokens), part(batch.labels), part(batch.mask), batch.sources, batch.cu_seqlens)
 
 
 @dataclass(frozen=True)

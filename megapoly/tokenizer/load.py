@@ -30,6 +30,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens of SentencePiece have none."""
 
+    def token_id(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary by its name."""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece `.model` (PolyLM, LLaMA 1 and 2). Control symbols spelled out in a text are plain text.
@@ -60,6 +63,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+    def token_id(self, token: str) -> int | None:
+        found: int = self._processor.piece_to_id(token)  # that of the unknown piece where there is none
+        return found if self._processor.id_to_piece(found) == token else None
 
 
 class HuggingFaceTokenizer:
@@ -98,6 +105,9 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:

@@ -15,6 +15,7 @@ from megapoly.checks import check, check_schedule
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
+from megapoly.data.infilling import Infilling, make_infilling
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.count import parameter_shapes
 from megapoly.sections import Config
@@ -34,6 +35,7 @@ class Prepared:
     num_samples: int
     checkpoint: CheckpointReader | None = None  # what to start from
     is_resume: bool = False  # the checkpoint is this run's own
+    infilling: Infilling | None = None
 
     @property
     def takes_full_state(self) -> bool:
@@ -208,6 +210,7 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     checkpoint, is_resume = _starting_point(cfg, plan, tokenizer)
     if checkpoint is not None:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
-    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume)
+    infilling = make_infilling(cfg.data, tokenizer, cfg.train.seed)
+    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume, infilling)
     check_schedule(cfg.schedule, prepared.num_steps)
     return prepared

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megapoly.data.batch import Documents
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
 from megapoly.errors import ConfigError, Echo
 from megapoly.log import Console
@@ -135,6 +136,16 @@ def describe_pipeline(cfg: Config, vocab_size: int, dp: int) -> str:
     return f"schedule {p.schedule}{chunks}, layers per stage {split}, {idle:.1%} idle (simulated)"
 
 
+def documents_of(prepared: Prepared) -> Documents | None:
+    """What the ends of documents change, None where nothing."""
+    data = prepared.cfg.data
+    are_apart = data.reset_attention_mask or data.reset_position_ids
+    if not are_apart and not data.eod_mask_loss:
+        return None
+    assert prepared.tokenizer is not None
+    return Documents(prepared.tokenizer.eod, are_apart, data.eod_mask_loss)
+
+
 def build_chunks(
     cfg: Config, vocab_size: int, stages: list[Stage], place: Placement, mesh: Mesh
 ) -> tuple[list[Transformer], SharedHead | None]:
@@ -177,6 +188,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         place.weight_gradients, None if head is None else dtype,
     )  # fmt: skip
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
+    documents = documents_of(prepared)
     assert cfg.data.block_length is not None
     return Run(
         prepared=prepared,
@@ -188,8 +200,8 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         loss_scaler=LossScaler.of(cfg.precision),
         pipeline=pipeline,
-        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes),
-        valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters),
+        loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents, prepared.infilling),
+        valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters, documents),
     )
 
 

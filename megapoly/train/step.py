@@ -61,7 +61,9 @@ def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: 
 
     def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
         model = run.chunks[chunk]
-        output: Tensor = model(to_device(batches[i].tokens, run.mesh.device), hidden)
+        borders = batches[i].cu_seqlens
+        cu_seqlens = None if borders is None else to_device(borders, run.mesh.device)
+        output: Tensor = model(to_device(batches[i].tokens, run.mesh.device), hidden, cu_seqlens)
         is_scored = model.stage.has_head and run.head is None
         return objective_of(run, model, output, batches[i], num_tokens, by_source) if is_scored else output
 

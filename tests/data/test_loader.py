@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_runs import VOCAB, tiny_config
 
-from megapoly.data.batch import batch_of
+from megapoly.data.batch import Documents, batch_of
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
@@ -105,3 +107,23 @@ def test_batches_mask_what_a_slice_lacks() -> None:
     assert batch.tokens.tolist() == [[5, 6, 0, 0], [0] * 4, [0] * 4]
     assert batch.labels.tolist() == [[6, 7, 0, 0], [0] * 4, [0] * 4]
     assert batch.mask.tolist() == [[1, 1, 0, 0], [0] * 4, [0] * 4]
+
+
+@given(st.data())
+def test_documents_begin_with_rows_and_after_their_ends(data: st.DataObject) -> None:
+    length, eod = data.draw(st.integers(1, 9)), 3
+    slices = [np.array(data.draw(st.lists(st.integers(0, 4), max_size=length + 1)), np.int64) for _ in range(3)]
+    masks = data.draw(st.booleans())
+    batch = batch_of(slices, [0, 0, 0], length, Documents(eod, are_apart=True, masks_eod=masks))
+    plain = batch_of(slices, [0, 0, 0], length)
+    assert (batch.tokens == plain.tokens).all() and (batch.labels == plain.labels).all()
+    begins = [
+        row * length + place
+        for row in range(3)
+        for place in range(length)
+        if place == 0 or plain.tokens[row, place - 1] == eod
+    ]
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [*begins, 3 * length]
+    follows_an_end = plain.tokens == eod
+    assert (batch.mask == np.where(follows_an_end & masks, 0, plain.mask)).all()
+    assert plain.cu_seqlens is None

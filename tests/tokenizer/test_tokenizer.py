@@ -240,6 +240,12 @@ def test_coverage_leaves_room_for_words() -> None:
     assert character_coverage(characters, 8192) == 0.9995
 
 
+def test_entries_are_found_by_name(tokenizer: Tokenizer) -> None:
+    name = "</s>" if tokenizer.tokenizer_type == "SentencePieceTokenizer" else "<|endoftext|>"
+    assert tokenizer.token_id(name) == tokenizer.eod
+    assert tokenizer.token_id("<no such token>") is None
+
+
 def test_bytes_per_token(tokenizer: Tokenizer) -> None:
     n = len(tokenizer.encode("hello")) + len(tokenizer.encode("né"))
     assert bytes_per_token(tokenizer, [("x", "hello"), ("x", "né"), ("y", "")]) == {"x": 8 / n}
