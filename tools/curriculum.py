@@ -9,7 +9,8 @@ from megapoly.arguments import ArgumentParser
 from megapoly.checks import check_model, check_training
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config
-from megapoly.data.curriculum import Plan, describe, make_plan, open_sources, summary
+from megapoly.data.curriculum import make_plan, open_sources
+from megapoly.data.plan_report import describe, samples, summary
 from megapoly.errors import ConfigError, exit_on_error
 
 SYNOPSIS = "usage: tools/curriculum.py CONFIG [--json] [--samples A:B] [--flag value ..]"
@@ -19,7 +20,6 @@ USAGE = (
     "  --json         the plan as one JSON object instead of tables\n"
     "  --samples A:B  samples A to B (B excluded, counted from 0) as JSON lines instead\n"
 )
-CHUNK = 1 << 14
 
 
 def parse_range(text: str, num_samples: int) -> tuple[int, int]:
@@ -30,16 +30,6 @@ def parse_range(text: str, num_samples: int) -> tuple[int, int]:
     if not begin <= end <= num_samples:
         raise ConfigError(f"--samples ({text}) must be a range within the plan's {num_samples} samples")
     return begin, end
-
-
-def print_samples(plan: Plan, begin: int, end: int) -> None:
-    sampler = plan.sampler()
-    for first in range(begin, end, CHUNK):
-        chunk = sampler.samples(first, min(first + CHUNK, end))
-        for sample, (source, epoch, offset) in enumerate(zip(*(a.tolist() for a in chunk), strict=True), start=first):
-            stage, name = plan.stages[plan.stage_at(sample)].name, plan.sources[source].name
-            line = {"sample": sample, "stage": stage, "source": name, "epoch": epoch, "offset": offset}
-            print(json.dumps(line, ensure_ascii=False))
 
 
 @exit_on_error
@@ -69,7 +59,8 @@ def main(argv: list[str]) -> None:
     check_training(cfg)
     plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
     if options.samples is not None:
-        print_samples(plan, *parse_range(options.samples, plan.num_samples))
+        for line in samples(plan, *parse_range(options.samples, plan.num_samples)):
+            print(json.dumps(line, ensure_ascii=False))
     elif options.json:
         print(json.dumps(summary(plan), indent=2, ensure_ascii=False))
     else:

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import tiny_config, tiny_run
 
-from megapoly.data.curriculum import summary
+from megapoly.data.plan_report import summary
 from megapoly.model.count import flops_per_token
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
