@@ -16,7 +16,8 @@ from megapoly.optim.schedule import check_phases, learning_rate, phases_of, rate
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ScheduleConfig
 from megapoly.train.loop import train
-from megapoly.train.prepare import _starting_point
+from megapoly.train.prepare import Prepared, _changes_since, _starting_point
+from megapoly.train.setup import build_run
 
 # Blocks of 32 tokens: 20 in two sequences each, 18 whole (the last batch is cut short), 12 in four each.
 STAGES: list[dict[str, Any]] = [
@@ -186,3 +187,34 @@ def test_what_has_begun_keeps_its_sequences_batches_and_reset(tmp_path: Path) ->
         starting_point(
             dataclasses.replace(cfg := staged(tmp_path), train=dataclasses.replace(cfg.train, global_batch_size=16))
         )
+
+
+def test_a_plan_changed_for_what_is_to_come_goes_on_and_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(run_to_end, staged(tmp_path, exit_interval=7))
+    short, long, last = STAGES
+    changed = staged(tmp_path, stages=[short, long, last | {"weights": {"ko": 1.0}, "lr": 2e-4}])
+    prepared = going_on(changed)
+    assert {str(change).split(" (")[0] for change in prepared.changes} == {
+        "stage 'last' had 0 non-English and has 1", "stage 'last': lr was 0.0005 and is 0.0002",
+    }  # fmt: skip
+    before = rows(changed)
+    capfd.readouterr()
+    run_ranks(go_on, changed)
+    assert "the plan changed for what is to come: stage 'last' had 0 non-English" in capfd.readouterr().out
+    after = rows(changed)
+    assert after[:7] == before and [row["samples"] for row in after] == SAMPLES
+    assert all(set(row["tokens_by_source"]) == {"ko"} for row in after[10:])
+
+
+def going_on(cfg: Config) -> Prepared:
+    prepared = tiny_prepared(cfg)
+    checkpoint, is_resume = _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
+    assert checkpoint is not None and is_resume
+    changes = tuple(_changes_since(checkpoint, prepared.plan))
+    return dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=True, changes=changes)
+
+
+def go_on(mesh: Mesh, cfg: Config) -> None:
+    train(build_run(going_on(cfg), mesh))
