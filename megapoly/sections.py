@@ -126,7 +126,7 @@ class DataConfig:
 
     data_root: str = option("data", "where a preset finds {source}_text_document.bin/.idx")
     sources: list[Source] = option([], "the sources (YAML only)")
-    block_length: int | None = option(None, "tokens in a slice of a source, fixed for the run (default seq_length)")
+    block_length: int | None = option(None, "tokens of a sample, fixed for the run (default: the longest sequence)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +306,7 @@ class TrainConfig:
     )
     seed: int = option(1234, "seed of weights and data order")
     train_iters: int | None = option(None, "stop after so many steps (may only shorten the stages' budgets)")
-    train_samples: int | None = option(None, "stop after so many sequences (may only shorten the budgets)")
+    train_samples: int | None = option(None, "stop after so many samples (may only shorten the budgets)")
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end")
     eval_interval: int = option(0, "steps between evaluations of held-out text; 0: only at the end")
     eval_iters: int | None = option(None, "global batches of an evaluation at most (default: all held-out text)")

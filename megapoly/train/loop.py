@@ -98,7 +98,7 @@ def introduce(run: Run) -> None:
         f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size}"
         f"{f' x CP {mesh.cp.size}' if mesh.cp.size > 1 else ''} on {mesh.device.type}"
         f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; "
-        f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
+        f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {p.plan.block_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
     console.say(describe_host(mesh.device))
