@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import VOCAB, tiny_config
 
@@ -60,6 +60,7 @@ ramps = st.builds(
 
 
 @given(ramps, st.integers(0, 300), st.integers(0, 60))
+@settings(deadline=None)
 def test_closed_forms_equal_walking_step_by_step(sizes: BatchSizes, first: int, steps: int) -> None:
     seen = walked(sizes, 60, first)
     assert sizes.samples_after(steps, first) == seen[steps]
@@ -73,6 +74,7 @@ def test_closed_forms_equal_walking_step_by_step(sizes: BatchSizes, first: int, 
 
 
 @given(ramps, ramps, st.integers(1, 300))
+@settings(deadline=None)
 def test_histories_are_equal_where_all_past_batches_are(a: BatchSizes, b: BatchSizes, samples: int) -> None:
     past = [[s for s in walked(sizes, 300) if s < samples] for sizes in (a, b)]
     batches = [[(s, sizes.at(s)) for s in seen] for sizes, seen in zip((a, b), past, strict=True)]

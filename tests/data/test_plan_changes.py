@@ -46,7 +46,7 @@ def test_stage_two_of_another_share_repeats_nothing_and_leaves_nothing_out() -> 
 
 
 @given(st.integers(1, 19_999), st.floats(0, 1), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_share_changed_in_midst_of_a_stage_repeats_nothing_and_leaves_nothing_out(
     stop: int, share: float, ramps: bool
 ) -> None:
@@ -109,7 +109,7 @@ plans = st.lists(
 
 
 @given(plans, plans, st.integers(0, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_what_the_differences_leave_alone_is_the_same_to_the_sample(a: Any, b: Any, seen: int) -> None:
     """The fingerprint and the differences agree on whether a past is the same, and the samples are."""
     old, new = (

@@ -87,6 +87,7 @@ def test_unimax_counts_what_earlier_stages_read_and_splits_a_language_within_its
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 50)), min_size=1, max_size=8), st.integers(0, 300))
+@settings(deadline=None)
 def test_filling_is_max_min_fair(items: list[tuple[int, int]], total: int) -> None:
     weights, rooms = ([Fraction(item[i]) for item in items] for i in (0, 1))
     found = fill(Fraction(total), weights, rooms)
@@ -104,6 +105,7 @@ def test_filling_is_max_min_fair(items: list[tuple[int, int]], total: int) -> No
     st.fractions(0, 1, max_denominator=100), st.fractions(0, 1, max_denominator=100),
     st.sampled_from(["linear", "cosine"]), st.integers(1, 10**7),
 )  # fmt: skip
+@settings(max_examples=60, deadline=None)
 def test_each_step_of_a_staircase_has_the_mean_of_the_ramp(begin: Fraction, end: Fraction, shape: str, n: int) -> None:
     stairs = Ramp(begin, end, shape).staircase(n)
     assert sum(samples for samples, _ in stairs) == n and min(samples for samples, _ in stairs) > 0
