@@ -1,6 +1,6 @@
 """What differs between two data plans, and from which sample on: a changed plan may change what is to come alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import zip_longest
 
@@ -20,6 +20,7 @@ class PlanChange:
     since: int
     text: str
     decides: bool = True
+    of_stage: bool = False  # another stage could have it from a later sample on
 
     def __str__(self) -> str:
         return self.text
@@ -34,7 +35,7 @@ def plan_changes(old: Plan, new: Plan) -> list[PlanChange]:
     ]
     changes += _source_changes(old, new)
     for before, after in zip_longest(old.stages, new.stages):
-        changes += _stage_changes(old, new, before, after)
+        changes += [replace(change, of_stage=True) for change in _stage_changes(old, new, before, after)]
     return sorted(changes, key=lambda change: change.since)
 
 

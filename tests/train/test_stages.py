@@ -175,6 +175,8 @@ def test_what_has_begun_keeps_its_sequences_batches_and_reset(tmp_path: Path) ->
     )
     for changed, message in (
         ([short | {"seq_length": 32}, long, last], "stage 'short': seq_length was 16 and is 32"),
+        ([short | {"non_english_share": 0.3}, long, last],
+         r"'short' had 0.29 to 0.695 non-English and has 0.3 .* end stage 'long' at tokens 256 and append"),
         ([short, long | {"reset_optimizer": True}, last], "stage 'long': reset_optimizer was not given and is True"),
         ([short, long | {"global_batch_size": 8}, last], "stage 'long': global_batch_size was 4 and is 8"),
         ([short, long | {"non_english_share": 0.7}, last],
