@@ -1,39 +1,23 @@
 """Checks that config alone can answer; they run before any process group exists, so that every rank ends alike."""
 
-import math
+import dataclasses
 
 from megapoly.errors import ConfigError
-from megapoly.sections import Config, ModelConfig, ParallelConfig, PrecisionConfig, ScheduleConfig, TrainConfig
-
-
-def _positive(**values: int | float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} ({value}) must be positive")
-
-
-def _bounded(most: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value > most:
-            raise ConfigError(f"{name} ({value}) is beyond {most:,}: surely a slip")
-
-
-def _multiples(value: int, unit: int) -> str:
-    """The multiples of unit next to a value, in words."""
-    return " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)
+from megapoly.run_checks import at_least_zero, bounded, check_batches, check_rates, multiples, positive
+from megapoly.sections import Config, ModelConfig, ParallelConfig, PrecisionConfig, Stage, TrainConfig
 
 
 def check_model(m: ModelConfig) -> None:
     """Refuse sizes that no transformer can have."""
-    _positive(
+    positive(
         num_layers=m.num_layers, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups, kv_channels=m.kv_channels,
         seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
-    _bounded(2**24, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_size, seq_length=m.seq_length)
-    _bounded(2**10, num_layers=m.num_layers)
-    _bounded(2**16, num_attention_heads=m.num_attention_heads)
+    bounded(2**24, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_size, seq_length=m.seq_length)
+    bounded(2**10, num_layers=m.num_layers)
+    bounded(2**16, num_attention_heads=m.num_attention_heads)
     if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
         raise ConfigError(
             f"num_attention_heads ({m.num_attention_heads}) must divide hidden_size ({m.hidden_size}), "
@@ -62,7 +46,7 @@ def check_model(m: ModelConfig) -> None:
 def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
     """Refuse a schedule for another number of chunks, and stages that no layer is left for."""
     pp, chunks = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
-    _positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
+    positive(pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=chunks)
     if p.pipeline_vocab_parallel and (p.pipeline_schedule not in (None, "1f1b") or p.chunks > 1):
         asked = f"pipeline_schedule {p.pipeline_schedule}"
         if p.pipeline_schedule in (None, "1f1b"):
@@ -95,14 +79,14 @@ def check_pipeline(m: ModelConfig, p: ParallelConfig) -> None:
 def check_context(cfg: Config) -> None:
     """Refuse sequences that cannot be dealt out to context-parallel ranks: each holds two of 2 x cp equal chunks."""
     cp, length = cfg.parallel.context_parallel_size, cfg.model.seq_length
-    _positive(context_parallel_size=cp)
+    positive(context_parallel_size=cp)
     chunks = 2 * cp
     if cp == 1 or length % chunks == 0:
         return
     fewer = next(size for size in range(min(cp - 1, length), 0, -1) if size == 1 or length % (2 * size) == 0)
     raise ConfigError(
         f"context_parallel_size ({cp}) cuts sequences into {chunks} chunks, which seq_length ({length:,}) does not "
-        f"divide into: use seq_length {_multiples(length, chunks)}, or context_parallel_size {fewer}"
+        f"divide into: use seq_length {multiples(length, chunks)}, or context_parallel_size {fewer}"
     )
 
 
@@ -137,7 +121,7 @@ def check_fp8(cfg: Config) -> None:
                                       ("kv_channels", m.head_dim, query, 1),
                                       ("kv_channels", m.head_dim, packed, 1)):  # fmt: skip
         if share % 16:
-            nearest = _multiples(value, 16 * ranks)
+            nearest = multiples(value, 16 * ranks)
             raise ConfigError(
                 f"fp8_recipe ({cfg.precision.fp8_recipe}) multiplies matrices of multiples of 16: {name} ({value}) "
                 f"gives {share} on each of {tp} tensor-parallel ranks; use {name} {nearest}"
@@ -148,7 +132,7 @@ def check_layout(cfg: Config, world_size: int) -> int:
     """Refuse a layout that does not divide the model or the world; returns the data-parallel size."""
     m, p, t = cfg.model, cfg.parallel, cfg.train
     tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
-    _positive(tensor_model_parallel_size=tp)
+    positive(tensor_model_parallel_size=tp)
     check_tensor_parallel(m, tp)
     check_fp8(cfg)
     check_pipeline(m, p)
@@ -157,16 +141,11 @@ def check_layout(cfg: Config, world_size: int) -> int:
         context = f"context_parallel_size ({cp}) x " if cp > 1 else ""
         raise ConfigError(
             f"tensor_model_parallel_size ({tp}) x {context}pipeline_model_parallel_size ({pp}) = {tp * cp * pp} "
-            f"must divide the world size ({world_size}): start {_multiples(world_size, tp * cp * pp)} ranks"
+            f"must divide the world size ({world_size}): start {multiples(world_size, tp * cp * pp)} ranks"
         )
     if p.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1 (it is 1)")
-    if p.sequence_parallel and (t.micro_batch_size * m.seq_length // cp) % tp:
-        shared = " / context_parallel_size" if cp > 1 else ""
-        raise ConfigError(
-            f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
-            f"micro_batch_size x seq_length{shared} ({t.micro_batch_size * m.seq_length // cp})"
-        )
+    check_sequence_parallel(cfg)
     if p.tp_comm_overlap and not p.sequence_parallel:
         raise ConfigError("tp_comm_overlap needs sequence_parallel, whose collectives it overlaps: turn both on")
     dp = world_size // (tp * cp * pp)
@@ -174,51 +153,66 @@ def check_layout(cfg: Config, world_size: int) -> int:
     return dp
 
 
-def check_batches(t: TrainConfig, dp: int) -> None:
-    """Refuse global batches that cannot be dealt out evenly, those of a ramp-up included."""
-    unit, end = t.micro_batch_size * dp, t.global_batch_size
-    product = f"micro_batch_size ({t.micro_batch_size}) x data-parallel size ({dp}) = {unit}"
-    if end % unit:
-        raise ConfigError(f"global_batch_size ({end}) must be a multiple of {product}, such as {_multiples(end, unit)}")
-    check_ramp(t, unit)
-    if t.rampup_batch_size is None:
-        return
-    start, increment, samples = t.rampup_batch_size
-    if uneven := [size for size in range(start, end, increment) if size % unit]:
-        shown = ", ".join(map(str, uneven[:8])) + (", .." if len(uneven) > 8 else "")
+def check_sequence_parallel(cfg: Config) -> None:
+    """Refuse micro-batches whose tokens cannot be dealt out to tensor-parallel ranks."""
+    p, tokens = cfg.parallel, cfg.train.micro_batch_size * cfg.model.seq_length
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    if p.sequence_parallel and (tokens // cp) % tp:
+        shared = " / context_parallel_size" if cp > 1 else ""
         raise ConfigError(
-            f"rampup_batch_size {start},{increment},{samples} has batches of {shown}, no multiples of {product}; "
-            f"{_nearest_ramp(start, increment, samples, end, unit)}"
+            f"sequence_parallel: tensor_model_parallel_size ({tp}) must divide "
+            f"micro_batch_size x seq_length{shared} ({tokens // cp})"
         )
 
 
-def check_ramp(t: TrainConfig, unit: int = 1) -> None:
-    """Refuse a ramp-up that does not lead to global_batch_size; batches should be multiples of unit."""
-    if t.rampup_batch_size is None:
-        return
-    if len(t.rampup_batch_size) != 3 or min(t.rampup_batch_size) < 1:
-        raise ConfigError(f"rampup_batch_size {t.rampup_batch_size} must be start,increment,samples, each at least 1")
-    (start, increment, samples), end = t.rampup_batch_size, t.global_batch_size
-    if start >= end or (end - start) % increment:
-        raise ConfigError(
-            f"rampup_batch_size must go from start ({start}) to global_batch_size ({end}) by whole "
-            f"increments ({increment}); {_nearest_ramp(start, increment, samples, end, unit)}"
-        )
+def block_length_of(cfg: Config) -> int:
+    """Tokens of a sample: as configured, else of a stage's longest sequence; the sequences of all must divide it."""
+    stages = cfg.curriculum.stages or [Stage(name="", tokens=0)]
+    lengths = [stage.seq_length or cfg.model.seq_length for stage in stages]
+    length = max(lengths) if cfg.data.block_length is None else cfg.data.block_length
+    for stage, sequence in zip(stages, lengths, strict=True):
+        whose = "" if stage.seq_length is None else f"stage '{stage.name}': "
+        positive(block_length=length, seq_length=sequence)
+        if length % sequence:
+            raise ConfigError(
+                f"{whose}seq_length ({sequence}) must divide block_length ({length}), the tokens of a sample: "
+                f"block_length {multiples(length, sequence)} would do"
+            )
+    return length
 
 
-def _nearest_ramp(start: int, increment: int, samples: int, end: int, unit: int) -> str:
-    """The ramp to `end` nearest to the one asked for whose batches are all multiples of unit, in words."""
-    if end <= unit:
-        return f"batches of {end} leave no room for a ramp"
-    start = min(max(round(start / unit), 1), end // unit - 1) * unit
-    whole = (step for step in range(unit, end - start + 1, unit) if (end - start) % step == 0)
-    return f"the nearest that works is {start},{min(whole, key=lambda step: abs(step - increment))},{samples}"
+def check_stages(cfg: Config, dp: int) -> None:
+    """Refuse stages whose own batch size or sequence length the model or the layout cannot have."""
+    block = block_length_of(cfg)
+    for stage in cfg.curriculum.stages:
+        length = stage.seq_length or cfg.model.seq_length
+        train = dataclasses.replace(cfg.train, global_batch_size=stage.global_batch_size or cfg.train.global_batch_size)
+        model = dataclasses.replace(cfg.model, seq_length=length, max_position_embeddings=cfg.model.max_positions)
+        own = dataclasses.replace(cfg, model=model, train=dataclasses.replace(train, rampup_batch_size=None))
+        batch, sequences = train.global_batch_size, block // length
+        try:
+            positive(global_batch_size=stage.global_batch_size, seq_length=stage.seq_length,
+                      lr_wsd_decay_iters=stage.lr_wsd_decay_iters)  # fmt: skip
+            bounded(2**20, global_batch_size=batch)
+            bounded(2**24, seq_length=length)
+            check_model(model)
+            check_batches(own.train, dp)
+            check_context(own)
+            check_sequence_parallel(own)
+            if batch % sequences:
+                raise ConfigError(
+                    f"global_batch_size ({batch}) must be a multiple of {sequences}, the sequences of {length:,} "
+                    f"tokens in a block of {block:,}: {multiples(batch, sequences)}"
+                )
+        except ConfigError as error:
+            is_own = stage.seq_length is not None or stage.global_batch_size is not None
+            raise ConfigError(f"stage '{stage.name}': {error}" if is_own else str(error)) from None
 
 
 def check_training(cfg: Config) -> None:
     """Refuse batches, intervals and optimizer settings that cannot be meant."""
     t, o, s = cfg.train, cfg.optimizer, cfg.schedule
-    _positive(
+    positive(
         micro_batch_size=t.micro_batch_size, global_batch_size=t.global_batch_size, train_iters=t.train_iters,
         train_samples=t.train_samples, exit_interval=t.exit_interval, eval_iters=t.eval_iters,
         log_interval=cfg.logging.log_interval, peak_tflops=cfg.logging.peak_tflops, adam_eps=o.adam_eps,
@@ -227,14 +221,13 @@ def check_training(cfg: Config) -> None:
         lr_decay_iters=s.lr_decay_iters, lr_wsd_decay_iters=s.lr_wsd_decay_iters,
         muon_num_ns_steps=o.muon_num_ns_steps, muon_scale=o.muon_scale,
     )  # fmt: skip
-    _bounded(2**20, global_batch_size=t.global_batch_size, micro_batch_size=t.micro_batch_size)
-    _bounded(2**28, vocab_size=cfg.tokenizer.vocab_size,
+    bounded(2**20, global_batch_size=t.global_batch_size, micro_batch_size=t.micro_batch_size)
+    bounded(2**28, vocab_size=cfg.tokenizer.vocab_size,
              make_vocab_size_divisible_by=cfg.tokenizer.make_vocab_size_divisible_by)  # fmt: skip
-    for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval), ("lr", s.lr),
-                        ("min_lr", s.min_lr), ("lr_warmup_iters", s.lr_warmup_iters), ("clip_grad", o.clip_grad),
-                        ("weight_decay", o.weight_decay), ("lr_warmup_init", s.lr_warmup_init)):  # fmt: skip
-        if value < 0 or not math.isfinite(value):
-            raise ConfigError(f"{name} ({value}) must be a finite number of at least 0")
+    for name, value in (("save_interval", t.save_interval), ("eval_interval", t.eval_interval),
+                        ("clip_grad", o.clip_grad), ("weight_decay", o.weight_decay)):  # fmt: skip
+        at_least_zero(name, value)
+    check_rates(s)
     for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2), ("muon_momentum", o.muon_momentum)):
         if not 0 <= beta < 1:
             raise ConfigError(f"{name} ({beta}) must lie in [0, 1)")
@@ -242,8 +235,6 @@ def check_training(cfg: Config) -> None:
         raise ConfigError(
             f"distributed_timeout_minutes ({cfg.parallel.distributed_timeout_minutes}) must lie in [0.01, 1e6]"
         )
-    if s.min_lr > s.lr:
-        raise ConfigError(f"min_lr ({s.min_lr}) must not exceed lr ({s.lr})")
     if not 0 <= t.seed < 2**63:
         raise ConfigError(f"seed ({t.seed}) must lie in [0, 2^63)")
     if cfg.checkpoint.finetune and cfg.checkpoint.load is None:
@@ -252,7 +243,7 @@ def check_training(cfg: Config) -> None:
 
 def check_replicas(p: ParallelConfig, replicas: int) -> None:
     """Refuse optimizer instances, buckets and hash intervals that the replicas of the model cannot have."""
-    _positive(num_distributed_optimizer_instances=p.num_distributed_optimizer_instances,
+    positive(num_distributed_optimizer_instances=p.num_distributed_optimizer_instances,
               ddp_bucket_size=p.ddp_bucket_size)  # fmt: skip
     instances = p.num_distributed_optimizer_instances
     if replicas % instances:
@@ -270,7 +261,7 @@ def check_replicas(p: ParallelConfig, replicas: int) -> None:
 
 def check_recompute(t: TrainConfig) -> None:
     """Refuse modules, numbers of blocks and offloading that recomputation does not know."""
-    _positive(recompute_num_layers=t.recompute_num_layers)
+    positive(recompute_num_layers=t.recompute_num_layers)
     known = ("core_attn", "layernorm", "mlp_act")
     if not t.recompute_modules or set(t.recompute_modules) - set(known):
         raise ConfigError(f"recompute_modules {t.recompute_modules} must be some of {', '.join(known)}")
@@ -281,29 +272,13 @@ def check_recompute(t: TrainConfig) -> None:
         )
 
 
-def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
-    """Refuse phases of the learning rate that overlap; total_steps is the run's last step."""
-    if s.lr_warmup_init > s.lr:
-        raise ConfigError(f"lr_warmup_init ({s.lr_warmup_init}) must not exceed lr ({s.lr})")
-    decays = s.lr_decay_style not in ("constant", "inverse-square-root")
-    if decays and s.lr_decay_iters is not None and s.lr_decay_iters <= s.lr_warmup_iters:
-        raise ConfigError(f"lr_decay_iters ({s.lr_decay_iters}) must exceed lr_warmup_iters ({s.lr_warmup_iters})")
-    last, stretch = s.lr_decay_iters or total_steps, s.lr_wsd_decay_iters
-    if s.lr_decay_style == "WSD" and stretch and s.lr_warmup_iters < last < s.lr_warmup_iters + stretch:
-        where = "lr_decay_iters" if s.lr_decay_iters else "the run's steps"
-        raise ConfigError(
-            f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "
-            f"at most {last - s.lr_warmup_iters} steps of decay fit"
-        )
-
-
 def check_precision(p: PrecisionConfig) -> None:
     """Refuse two types of parameters at once, scales that cannot be, and softmax statistics that no kernel has."""
     if p.fp16 and p.bf16:
         raise ConfigError("fp16 and bf16 are both true: parameters have one type, turn one of them off")
     if not p.attention_softmax_in_fp32:
         raise ConfigError("attention_softmax_in_fp32 (false): the kernels keep softmax statistics in fp32 only")
-    _positive(loss_scale=p.loss_scale, initial_loss_scale=p.initial_loss_scale, min_loss_scale=p.min_loss_scale,
+    positive(loss_scale=p.loss_scale, initial_loss_scale=p.initial_loss_scale, min_loss_scale=p.min_loss_scale,
               loss_scale_window=p.loss_scale_window, hysteresis=p.hysteresis)  # fmt: skip
     if p.min_loss_scale > p.initial_loss_scale:
         raise ConfigError(
@@ -335,6 +310,7 @@ def check(cfg: Config, world_size: int) -> int:
     check_compile(cfg)
     dp = check_layout(cfg, world_size)
     check_replicas(cfg.parallel, dp * cfg.parallel.context_parallel_size)
+    check_stages(cfg, dp)
     return dp
 
 

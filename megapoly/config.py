@@ -80,7 +80,12 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         if value is None and type(None) in hint.__args__:
             return None
-        hint = next(arg for arg in hint.__args__ if arg is not type(None))
+        members = [arg for arg in hint.__args__ if arg is not type(None)]
+        if isinstance(value, dict):  # where a value or a mapping will do
+            members.sort(key=lambda arg: typing.get_origin(arg) is not dict)
+        hint = members[0]
+    if hint is Any:
+        return value
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:

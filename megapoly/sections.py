@@ -15,6 +15,10 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     return field(default=default, metadata=metadata)
 
 
+DECAY_STYLES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")
+WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One decoder-only transformer; the options span the GPT-2, GPT-NeoX and LLaMA block families."""
@@ -123,7 +127,7 @@ class DataConfig:
 
     data_root: str = option("data", "where a preset finds {source}_text_document.bin/.idx")
     sources: list[Source] = option([], "the sources (YAML only)")
-    block_length: int | None = option(None, "tokens in a slice of a source, fixed for the run (default seq_length)")
+    block_length: int | None = option(None, "tokens of a sample, fixed for the run (default: the longest sequence)")
     reset_attention_mask: bool = option(False, "tokens do not see those of another document in their sequence")
     reset_position_ids: bool = option(False, "positions begin anew with each document")
     eod_mask_loss: bool = option(False, "what follows the end of a document does not count in the loss")
@@ -136,13 +140,31 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stretch of training with a token budget and fixed shares; exactly one of `weights` and `non_english_share`."""
+    """A stretch of training: a budget in tokens, and shares given in exactly one of the six ways down to the dial.
+
+    What it gives beyond them holds for the stage; where it gives none of the learning rate, the schedule that runs
+    goes on.
+    """
 
     name: str
     tokens: int
-    weights: dict[str, float] | None = None
-    non_english_share: float | None = None
+    weights: dict[str, float] | None = None  # by source
+    language_weights: dict[str, float] | None = None
+    alpha: float | None = None  # a language's share goes with its tokens^alpha (XLM-R)
+    temperature: float | None = None  # the same by T = 1 / alpha
+    unimax: float | None = None  # all languages alike, no source more often than so many epochs
+    non_english_share: float | dict[str, Any] | None = None  # or a ramp {from, to, shape, steps}
     code_share: float = 0.0
+    lr: float | None = None
+    min_lr: float | None = None
+    lr_decay_style: str | None = field(default=None, metadata={"choices": DECAY_STYLES})
+    lr_warmup_iters: int | None = None
+    lr_warmup_init: float | None = None
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_style: str | None = field(default=None, metadata={"choices": WSD_DECAY_STYLES})
+    global_batch_size: int | None = None
+    seq_length: int | None = None
+    reset_optimizer: bool = False  # moments and momentum begin anew with the stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,13 +292,9 @@ class ScheduleConfig:
     lr_warmup_init: float = option(0.0, "learning rate from which warm-up starts")
     lr_warmup_iters: int = option(0, "steps of linear warm-up")
     lr_decay_iters: int | None = option(None, "step at which the decay ends (default: the run's last)")
-    lr_decay_style: str = option(
-        "cosine", "shape of the decay", ("cosine", "linear", "constant", "inverse-square-root", "WSD")
-    )
+    lr_decay_style: str = option("cosine", "shape of the decay", DECAY_STYLES)
     lr_wsd_decay_iters: int | None = option(None, "WSD: steps of the final decay (default: a tenth of all)")
-    lr_wsd_decay_style: str = option(
-        "exponential", "WSD: shape of the final decay", ("exponential", "linear", "cosine", "minus_sqrt")
-    )
+    lr_wsd_decay_style: str = option("exponential", "WSD: shape of the final decay", WSD_DECAY_STYLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +320,7 @@ class TrainConfig:
     )
     seed: int = option(1234, "seed of weights and data order")
     train_iters: int | None = option(None, "stop after so many steps (may only shorten the stages' budgets)")
-    train_samples: int | None = option(None, "stop after so many sequences (may only shorten the budgets)")
+    train_samples: int | None = option(None, "stop after so many samples (may only shorten the budgets)")
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end")
     eval_interval: int = option(0, "steps between evaluations of held-out text; 0: only at the end")
     eval_iters: int | None = option(None, "global batches of an evaluation at most (default: all held-out text)")

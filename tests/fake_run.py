@@ -55,6 +55,7 @@ class _Loader:
 class _Plan:
     def __init__(self, block_length: int) -> None:
         self.block_length = block_length
+        self.stages = ()
 
 
 class _Parked:

@@ -15,6 +15,7 @@ ORDER = [
     "yaml12",
     "sections",
     "config",
+    "run_checks",
     "checks",
     "cli",
     "log",

@@ -1,25 +1,28 @@
-"""Show a data plan before any training: python tools/curriculum.py CONFIG [--json] [--samples A:B] [--flag value ..]"""
+"""Show a data plan before any training: python tools/curriculum.py CONFIG [--json] [--samples A:B] [--png FILE]"""
 
 import json
+import os
 import re
 import signal
 import sys
 
 from megapoly.arguments import ArgumentParser
-from megapoly.checks import check_model, check_training
+from megapoly.checks import check_model, check_stages, check_training
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config
-from megapoly.data.curriculum import Plan, describe, make_plan, open_sources, summary
+from megapoly.data.curriculum import make_plan, open_sources
+from megapoly.data.plan_picture import draw_png, draw_text
+from megapoly.data.plan_report import describe, samples, summary
 from megapoly.errors import ConfigError, exit_on_error
 
-SYNOPSIS = "usage: tools/curriculum.py CONFIG [--json] [--samples A:B] [--flag value ..]"
+SYNOPSIS = "usage: tools/curriculum.py CONFIG [--json] [--samples A:B] [--png FILE] [--flag value ..]"
 USAGE = (
     f"{SYNOPSIS}\n\n"
     "  CONFIG         a YAML file or the name of a preset\n"
-    "  --json         the plan as one JSON object instead of tables\n"
+    "  --json         the plan as one JSON object instead of tables and picture\n"
     "  --samples A:B  samples A to B (B excluded, counted from 0) as JSON lines instead\n"
+    "  --png FILE     the shares by language over the tokens as a picture too\n"
 )
-CHUNK = 1 << 14
 
 
 def parse_range(text: str, num_samples: int) -> tuple[int, int]:
@@ -30,16 +33,6 @@ def parse_range(text: str, num_samples: int) -> tuple[int, int]:
     if not begin <= end <= num_samples:
         raise ConfigError(f"--samples ({text}) must be a range within the plan's {num_samples} samples")
     return begin, end
-
-
-def print_samples(plan: Plan, begin: int, end: int) -> None:
-    sampler = plan.sampler()
-    for first in range(begin, end, CHUNK):
-        chunk = sampler.samples(first, min(first + CHUNK, end))
-        for sample, (source, epoch, offset) in enumerate(zip(*(a.tolist() for a in chunk), strict=True), start=first):
-            stage, name = plan.stages[plan.stage_at(sample)].name, plan.sources[source].name
-            line = {"sample": sample, "stage": stage, "source": name, "epoch": epoch, "offset": offset}
-            print(json.dumps(line, ensure_ascii=False))
 
 
 @exit_on_error
@@ -56,24 +49,31 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--samples")
+    parser.add_argument("--png")
     parser.add_argument("--config", action="append", default=[])
     options, rest = parser.parse_known_args(words)
-    refuse_unknown([word for word in rest if word.startswith("-")], known=("json", "samples", "config"))
+    refuse_unknown([word for word in rest if word.startswith("-")], known=("json", "samples", "png", "config"))
     configs = [*options.config, *rest]
-    if not configs:
-        raise ConfigError(f"no config is given; {SYNOPSIS}")
-    if len(configs) > 1:
-        raise ConfigError(f"{len(configs)} configs are given ({', '.join(configs)}); give one")
+    if len(configs) != 1:
+        given = f"{len(configs)} configs are given ({', '.join(configs)}); give one"
+        raise ConfigError(given if configs else f"no config is given; {SYNOPSIS}")
+    if options.png is not None and not os.path.isdir(os.path.dirname(options.png) or "."):
+        raise ConfigError(f"--png ({options.png}): the folder does not exist")
     cfg = load_config(configs[0], flags)
     check_model(cfg.model)
     check_training(cfg)
     plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
+    check_stages(cfg, dp=1)
     if options.samples is not None:
-        print_samples(plan, *parse_range(options.samples, plan.num_samples))
+        lines = samples(plan, *parse_range(options.samples, plan.num_samples))
+        sys.stdout.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     elif options.json:
         print(json.dumps(summary(plan), indent=2, ensure_ascii=False))
     else:
-        print(describe(plan))
+        print(describe(plan), draw_text(plan, colours=sys.stdout.isatty()), sep="\n\n")
+    if options.png is not None:
+        draw_png(plan, options.png)
+        print(f"picture: {options.png}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
 from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
-from megapoly.checks import check_model, check_ramp
+from megapoly.checks import check_model
 from megapoly.config import SECTIONS, build
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.optim.sharded import ShardedOptimizer
+from megapoly.run_checks import check_ramp
 from megapoly.sections import Config, ModelConfig
 
 # What makes a model another one, after defaults are filled in.
@@ -110,6 +111,24 @@ class CheckpointReader:
     def samples(self) -> int:
         """Samples seen."""
         return int(self.state["samples"])
+
+    def counts(self, name: str) -> list[int] | None:
+        """A list of whole numbers of at least 0 in state.json; None where a checkpoint has not got it."""
+        counts = self.state.get(name)
+        if counts is None:
+            return None
+        if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 2**62 for n in counts):
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry '{name}' is no list of counts")
+        return list(counts)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the moments have seen: fewer than steps where some were skipped, or a stage began anew."""
+        default = self.step - int(self.loss_scaler["skipped_steps"])
+        steps = self.state.get("optimizer_steps", default)
+        if type(steps) is not int or not 0 <= steps <= self.step:
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'optimizer_steps' is no count of updates")
+        return steps
 
     @property
     def vocab_size(self) -> int:

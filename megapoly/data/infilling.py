@@ -36,11 +36,14 @@ class Infilling:
     spm_rate: float
     seed: int
 
-    def apply(self, tokens_T: NDArray[Token], source: int, sample: int) -> NDArray[Token]:
-        """A sample's tokens with the documents that are drawn cut; of the same length and type, or the same array."""
+    def apply(self, tokens_T: NDArray[Token], source: int, sample: int, sequence: int = 0) -> NDArray[Token]:
+        """The tokens of a sample, or of one of its sequences, with the documents that are drawn cut.
+
+        The result has the same length and type; it is the same array where the source is left as it is.
+        """
         if not self.rates[source]:
             return tokens_T
-        key = mix((mix(self.seed & WORD) ^ mix((sample + 1) * GOLDEN & WORD)) & WORD)
+        key = mix(mix(self.seed & WORD) ^ mix((sample + 1) * GOLDEN & WORD)) ^ mix(sequence * GOLDEN & WORD)
         result = tokens_T.copy()
         ends = [*np.flatnonzero(tokens_T == self.eod).tolist(), len(tokens_T)]
         begin = 0

@@ -42,7 +42,10 @@ class Deal:
 
 
 class TrainLoader:
-    """Micro-batches of any samples, by random access; `sizes` says how large a batch is, where that is not constant."""
+    """Micro-batches of any samples, by random access.
+
+    `sizes` says how many samples a batch has, where that is not constant.
+    """
 
     def __init__(
         self, plan: Plan, streams: Sequence[TokenStream], deal: Deal, sizes: BatchSizes | None = None,
@@ -62,41 +65,51 @@ class TrainLoader:
         return sources[first - begin : end - begin], offsets[first - begin : end - begin]
 
     def batch(self, first: int, end: int) -> list[Batch]:
-        """Micro-batches of samples first to end (at most a global batch); places without a sample are masked."""
-        size, length = self.sizes.at(first), self.plan.block_length
-        assert 0 < end - first <= size
+        """Micro-batches of samples first to end (at most a global batch); places without a sample are masked.
+
+        A sample's sequences, in a stage that has several in a block, come one after the other.
+        """
+        stage = self.plan.stage_at(first)
+        per_sample, length = self.plan.sequences(stage), self.plan.stages[stage].seq_length
+        samples = self.sizes.at(first)
+        assert 0 < end - first <= samples
+        size, given = samples * per_sample, (end - first) * per_sample
         deal = dataclasses.replace(self.deal, global_batch_size=size)
-        sources, offsets = self._samples(first, end)
+        of_sample, offset_of = self._samples(first, end)
+        sources = of_sample.repeat(per_sample)
+        offsets = (offset_of[:, None] * per_sample + np.arange(per_sample)).ravel()  # in sequences of the source
         batches = []
         for microbatch in range(deal.num_microbatches):
-            # A batch's samples are shuffled over its places: the mixture is periodic, and a rank that always took
+            # A batch's sequences are shuffled over its places: the mixture is periodic, and a rank that always took
             # the same places could see one source only.
-            samples = [permute(place, size, first) for place in deal.positions(microbatch)]
+            taken = [permute(place, size, first) for place in deal.positions(microbatch)]
             pieces: list[NDArray[np.int64]] = []
-            for i in samples:
-                if i >= end - first:
+            for i in taken:
+                if i >= given:
                     pieces.append(np.empty(0, dtype=np.int64))
                     continue
                 piece = self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)
-                pieces.append(piece if self.infilling is None else self.infilling.apply(piece, sources[i], first + i))
-            origins = [int(sources[i]) if i < end - first else 0 for i in samples]
+                if self.infilling is not None:
+                    piece = self.infilling.apply(piece, sources[i], first + i // per_sample, i % per_sample)
+                pieces.append(piece)
+            origins = [int(sources[i]) if i < given else 0 for i in taken]
             batches.append(batch_of(pieces, origins, length, self.documents))
         return batches
 
 
 class ValidLoader:
-    """The held-out text of all sources, every token once, in slices of the same length as in training."""
+    """The held-out text of all sources, every token once, in slices of one length, whatever a stage's own."""
 
     def __init__(
-        self, streams: Sequence[TokenStream | None], block_length: int, deal: Deal, max_batches: int | None,
+        self, streams: Sequence[TokenStream | None], length: int, deal: Deal, max_batches: int | None,
         documents: Documents | None = None,
     ) -> None:  # fmt: skip
-        self.streams, self.block_length, self.deal, self.documents = streams, block_length, deal, documents
+        self.streams, self.length, self.deal, self.documents = streams, length, deal, documents
         slices = [
             (source, begin)
             for source, stream in enumerate(streams)
             if stream is not None
-            for begin in range(0, stream.num_tokens - 1, block_length)
+            for begin in range(0, stream.num_tokens - 1, length)
         ]
         if max_batches is not None and len(slices) > max_batches * deal.global_batch_size:
             # Evenly spaced, so that every source keeps its part.
@@ -122,7 +135,7 @@ class ValidLoader:
                 if begin is None or stream is None:
                     pieces.append(np.empty(0, dtype=np.int64))
                 else:
-                    pieces.append(stream.read(begin, min(begin + self.block_length + 1, stream.num_tokens)))
+                    pieces.append(stream.read(begin, min(begin + self.length + 1, stream.num_tokens)))
                 sources.append(source)
-            batches.append(batch_of(pieces, sources, self.block_length, self.documents))
+            batches.append(batch_of(pieces, sources, self.length, self.documents))
         return batches

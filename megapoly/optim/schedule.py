@@ -1,8 +1,13 @@
 """The learning rate as a pure function of the step."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from megapoly.errors import ConfigError
+from megapoly.run_checks import check_rates, check_schedule
 from megapoly.sections import ScheduleConfig
 
 # From the part of a decay that is done, in (0, 1], to the part of the way from min_lr to lr that is left. Cosine:
@@ -44,3 +49,71 @@ def learning_rate(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
 def wsd_decay_steps(cfg: ScheduleConfig, total_steps: int) -> int:
     """Steps of WSD's final decay: as configured, else a tenth of lr_decay_iters, at least one."""
     return cfg.lr_wsd_decay_iters or max((cfg.lr_decay_iters or total_steps) // 10, 1)
+
+
+# ------------------------------------------------------------------------------------------------ by stages
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of `num_steps` steps from first_step on with a schedule that counts its steps from 1.
+
+    `stage` is the stage that began it with a rate of its own; None for the run's schedule as it is.
+    """
+
+    first_step: int
+    num_steps: int
+    schedule: ScheduleConfig
+    stage: str | None = None
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step of the run."""
+        return learning_rate(self.schedule, step - self.first_step + 1, self.num_steps)
+
+
+RATE_KEYS = tuple(field.name for field in dataclasses.fields(ScheduleConfig) if field.name != "lr_decay_iters")
+
+
+def phases_of(
+    schedule: ScheduleConfig, stages: Sequence[tuple[str, int, Mapping[str, Any]]], num_steps: int
+) -> list[Phase]:
+    """The schedules of a run of num_steps steps; `stages` are (name, first step, settings) in their order.
+
+    The first stage's settings stand in place of the configured ones. A later stage that gives any begins a schedule of
+    its own, up to the next that does: what it leaves out is as configured, but that it has no warm-up unless it gives
+    one, which then starts from the rate reached before (Ibrahim et al. 2024, arXiv 2403.08763, warm up again and decay
+    again). A stage that gives none goes on with the schedule that runs.
+    """
+    own = [(name, first, {key: given[key] for key in RATE_KEYS if key in given}) for name, first, given in stages]
+    begins: list[tuple[str | None, int, dict[str, Any]]] = [(None, 1, own[0][2] if own else {})]
+    begins += [(name, first, given) for name, first, given in own[1:] if given and first <= num_steps]
+    phases: list[Phase] = []
+    for number, (name, first, given) in enumerate(begins):
+        last = begins[number + 1][1] - 1 if number + 1 < len(begins) else num_steps
+        if last < first and number:
+            continue  # a stage of less than a batch
+        made = dataclasses.replace(schedule, **given)
+        if phases:
+            reached = phases[-1].rate(first - 1)
+            warmup = {"lr_warmup_iters": 0, "lr_warmup_init": reached, "lr_decay_iters": None} | given
+            made = dataclasses.replace(schedule, **warmup)
+        phases.append(Phase(first, last - first + 1, made, name))
+    return phases
+
+
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Refuse schedules that cannot be; ConfigError names the stage."""
+    for phase in phases:
+        try:
+            check_rates(phase.schedule)
+            is_free = phase.stage is not None and phase.schedule.lr_warmup_init > phase.schedule.lr
+            # From a higher rate a warm-up may well lead down.
+            checked = dataclasses.replace(phase.schedule, lr_warmup_init=0.0) if is_free else phase.schedule
+            check_schedule(checked, phase.num_steps)
+        except ConfigError as error:
+            raise ConfigError(f"stage '{phase.stage}': {error}" if phase.stage else str(error)) from None
+
+
+def rate_at(phases: Sequence[Phase], step: int) -> float:
+    """Learning rate of a step, counted from 1."""
+    return next(phase for phase in reversed(phases) if phase.first_step <= step or phase is phases[0]).rate(step)

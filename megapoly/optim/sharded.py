@@ -59,6 +59,12 @@ class ShardedOptimizer:
         self.global_norm = GlobalNorm(buffers, backend)
         self.num_steps = 0
 
+    def reset(self) -> None:
+        """Begin anew: moments and momentum are zero, the next step is the first; master weights stay."""
+        for portion in (self.exp_avg, self.exp_avg_sq, self.momentum):
+            portion.flat.zero_()
+        self.num_steps = 0
+
     @torch.no_grad()
     def step(self, owned_grad: Tensor, lr: float, scale: Tensor | None = None) -> None:
         """One update from this rank's shard of the summed gradients, times `scale` (a scalar on the device).

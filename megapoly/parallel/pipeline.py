@@ -36,7 +36,7 @@ class Pipeline:
     """Runs a schedule over the pipeline axis.
 
     Activations between stages have one shape, [tokens of this rank, hidden], and the residual stream's type; what
-    enters a head that all ranks share has `head_dtype`.
+    enters a head that all ranks share has `head_dtype`. Between runs the tokens may become other ones.
     """
 
     def __init__(
@@ -48,6 +48,10 @@ class Pipeline:
         self.weight_gradients = weight_gradients
         self.last_rank = placement.owner(placement.last)[0]
         self._programs: dict[tuple[int, bool], Program] = {}
+
+    def set_tokens(self, tokens: int) -> None:
+        """The tokens of this rank in the micro-batches of the next runs."""
+        self.shape = (tokens, self.shape[1])
 
     def program(self, microbatches: int, backward: bool) -> Program:
         """This rank's part of the schedule; without backward, its forwards in their order."""

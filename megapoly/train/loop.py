@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megapoly.checkpoint.load import load_checkpoint
 from megapoly.checkpoint.save import save_checkpoint
-from megapoly.data.curriculum import describe, summary
+from megapoly.data.plan_report import describe, summary
 from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.mesh import describe_host
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
         load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
         if prepared.takes_full_state:
             run.loss_scaler.restore(prepared.checkpoint.loss_scaler)
-        run.optimizer.num_steps = prepared.start_step - run.loss_scaler.skipped_steps
+            run.optimizer.num_steps = prepared.checkpoint.optimizer_steps
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:
         say_validation(console, metrics.validation(evaluate(run).tolist()))
@@ -98,7 +98,7 @@ def introduce(run: Run) -> None:
         f"layout: TP {mesh.tp.size} x PP {mesh.pp.size} x DP {mesh.dp.size}"
         f"{f' x CP {mesh.cp.size}' if mesh.cp.size > 1 else ''} on {mesh.device.type}"
         f"{', sequence parallel' if cfg.parallel.sequence_parallel else ''}; "
-        f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {cfg.model.seq_length} tokens"
+        f"{describe_pipeline(cfg, p.vocab_size, mesh.dp.size)}; batch {p.batch_sizes} x {p.plan.block_length} tokens"
     )
     console.say(run.chunks[0].backends.describe())
     console.say(describe_host(mesh.device))
@@ -107,7 +107,9 @@ def introduce(run: Run) -> None:
         assert p.checkpoint is not None
         verb = "resuming" if p.is_resume else "continuing in"
         console.say(f"{verb} {cfg.logging.run_dir} from {p.checkpoint.folder} at step {p.start_step}/{p.num_steps}")
-        decay, was = cfg.schedule.lr_decay_iters or p.num_steps, p.checkpoint.state.get("lr_decay_iters")
+        for change in p.changes:
+            console.say(f"the plan changed for what is to come: {change}")
+        decay, was = p.decay_end, p.checkpoint.state.get("lr_decay_iters")
         if was is not None and was != decay:
             console.say(f"note: the learning rate decayed until step {was} before, until step {decay} now")
     elif p.checkpoint is not None:

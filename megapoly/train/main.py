@@ -13,7 +13,7 @@ from megapoly.checks import check
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
-from megapoly.data.curriculum import describe
+from megapoly.data.plan_report import describe
 from megapoly.errors import ConfigError, exit_on_error
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters

@@ -1,5 +1,6 @@
 """Records of a run: metrics.jsonl (one object a step), TensorBoard, and the line a person reads."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megapoly.data.sources import language_of
 from megapoly.log import Console
 from megapoly.model.count import flops_per_token
 from megapoly.train.setup import Run
@@ -34,6 +36,27 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def by_group(groups: dict[str, str], losses: dict[str, float], tokens: dict[str, int]) -> dict[str, float]:
+    """Mean token losses of groups of sources (name -> group), of those that had a token."""
+    members: dict[str, list[str]] = {}
+    for name in losses:
+        members.setdefault(groups[name], []).append(name)
+    return {group: mean(losses, tokens, names) for group, names in members.items()}
+
+
+def sums_of(groups: dict[str, str], values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over groups of sources (name -> group)."""
+    sums: dict[str, float] = {}
+    for name, value in values.items():
+        sums[groups[name]] = sums.get(groups[name], 0) + value
+    return sums
+
+
+def rounded(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares with six digits: a row a step stays short."""
+    return {name: round(share, 6) for name, share in shares.items()}
+
+
 def mean(losses: dict[str, float], tokens: dict[str, int], names: list[str]) -> float:
     """Mean token loss over some sources, NaN where they had no token."""
     count = sum(tokens.get(name, 0) for name in names)
@@ -48,7 +71,10 @@ class Metrics:
         self.names = [source.name for source in run.cfg.data.sources]
         self.non_english = [s.name for s in run.cfg.data.sources if s.is_non_english]
         self.english = [s.name for s in run.cfg.data.sources if s.language == "en" and s.kind != "code"]
-        self.flops = flops_per_token(run.cfg.model, run.prepared.vocab_size)
+        self.language = {source.name: language_of(source) for source in run.cfg.data.sources}
+        lengths = {stage.seq_length for stage in run.prepared.plan.stages}
+        models = {length: dataclasses.replace(run.cfg.model, seq_length=length) for length in lengths}
+        self.flops = {length: flops_per_token(model, run.prepared.vocab_size) for length, model in models.items()}
         self.peak = peak_tflops(run)
         self._pending: list[tuple[int, StepStats]] = []
         self._rows: list[dict[str, Any]] = []
@@ -118,18 +144,29 @@ class Metrics:
         prepared = self.run.prepared
         losses, tokens = self.by_source(by_source)
         total = sum(tokens.values())
-        samples = prepared.samples_after(step)
-        tflops = self.flops * total / seconds / self.run.mesh.world.size / 1e12 if seconds else math.nan
+        begin, samples = prepared.samples_after(step - 1), prepared.samples_after(step)
+        stage = prepared.plan.stages[prepared.plan.stage_at(begin)]
+        planned = dict(zip(self.names, prepared.plan.planned_shares(begin, samples), strict=True))
+        planned = {name: share for name, share in planned.items() if share}
+        realised = {name: count / total for name, count in tokens.items()}
+        tflops = (
+            self.flops[stage.seq_length] * total / seconds / self.run.mesh.world.size / 1e12 if seconds else math.nan
+        )
         return {
             "step": step,
             "samples": samples,
             "tokens": samples * prepared.plan.block_length,
-            "stage": prepared.plan.stages[prepared.plan.stage_at(prepared.samples_after(step - 1))].name,
+            "stage": stage.name,
             "loss": mean(losses, tokens, self.names),
             "loss_english": mean(losses, tokens, self.english),
             "loss_non_english": mean(losses, tokens, self.non_english),
             "loss_by_source": losses,
+            "loss_by_language": by_group(self.language, losses, tokens),
             "tokens_by_source": tokens,
+            "planned_share_by_source": rounded(planned),
+            "share_by_source": rounded(realised),
+            "planned_share_by_language": rounded(sums_of(self.language, planned)),
+            "share_by_language": rounded(sums_of(self.language, realised)),
             "non_english_share": prepared.plan.non_english_share([tokens.get(n, 0) for n in self.names]),
             "lr": lr,
             "grad_norm": grad_norm,

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
-from megapoly.checks import check, check_schedule
+from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.data.infilling import Infilling, make_infilling
-from megapoly.errors import CheckpointError, ConfigError
+from megapoly.data.plan_changes import PlanChange, plan_changes
+from megapoly.errors import CheckpointError, ConfigError, MegapolyError
 from megapoly.model.count import parameter_shapes
+from megapoly.optim.schedule import Phase, check_phases, phases_of, rate_at
 from megapoly.sections import Config
 from megapoly.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -36,6 +38,7 @@ class Prepared:
     checkpoint: CheckpointReader | None = None  # what to start from
     is_resume: bool = False  # the checkpoint is this run's own
     infilling: Infilling | None = None
+    changes: tuple[PlanChange, ...] = ()  # of the plan since that checkpoint, for what is to come
 
     @property
     def takes_full_state(self) -> bool:
@@ -57,10 +60,43 @@ class Prepared:
         """The run's last step."""
         return self.start_step + self.batch_sizes.steps_until(self.num_samples, self.start_sample)
 
-    @property
+    @functools.cached_property
     def batch_sizes(self) -> BatchSizes:
-        """Sequences in each step."""
-        return BatchSizes.of(self.cfg.train)
+        """Samples in each step."""
+        return BatchSizes.of(self.cfg.train, self.plan)
+
+    @functools.cached_property
+    def first_steps(self) -> list[int]:
+        """The first step of each stage: whose first sample is in it. Those that have begun are in the checkpoint."""
+        seen, sizes = self.start_sample, self.batch_sizes
+        known = (self.checkpoint.counts("first_steps") or []) if self.checkpoint and self.takes_full_state else []
+        begins = [stage.begin_sample for stage in self.plan.stages[len(known) :]]
+        return known[: len(self.plan.stages)] + [
+            1 + (self.start_step + sizes.steps_until(begin, seen) if begin >= seen else sizes.steps_until(begin))
+            for begin in begins
+        ]
+
+    @functools.cached_property
+    def phases(self) -> list[Phase]:
+        """The learning rate's schedules one after the other."""
+        stages = zip(self.plan.stages, self.first_steps, strict=True)
+        own = [(stage.name, first, stage.settings) for stage, first in stages]
+        return phases_of(self.cfg.schedule, own, self.num_steps)
+
+    @property
+    def decay_end(self) -> int:
+        """Step at which the decay of the run's first schedule ends."""
+        return self.phases[0].schedule.lr_decay_iters or self.phases[0].num_steps
+
+    @functools.cached_property
+    def reset_steps(self) -> frozenset[int]:
+        """Steps before which the optimizer begins anew."""
+        stages = zip(self.plan.stages, self.first_steps, strict=True)
+        return frozenset(first for stage, first in stages if stage.settings.get("reset_optimizer"))
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 1."""
+        return rate_at(self.phases, step)
 
     @functools.cached_property
     def data_hashes(self) -> dict[str, str]:
@@ -78,7 +114,7 @@ def resolve(cfg: Config, has_cuda: bool) -> Config:
     is_on_gpu = has_cuda and cfg.parallel.distributed_backend != "gloo"
     return dataclasses.replace(
         cfg,
-        data=dataclasses.replace(cfg.data, block_length=cfg.data.block_length or cfg.model.seq_length),
+        data=dataclasses.replace(cfg.data, block_length=block_length_of(cfg)),
         precision=dataclasses.replace(
             cfg.precision,
             bf16=is_on_gpu and not cfg.precision.fp16 if cfg.precision.bf16 is None else cfg.precision.bf16,
@@ -103,7 +139,7 @@ def resolve_vocab_size(cfg: Config) -> tuple[int, Tokenizer]:
 
 def run_length(cfg: Config, plan: Plan) -> int:
     """Samples of the run: the stages' budgets, which train_iters and train_samples may only shorten."""
-    sizes = BatchSizes.of(cfg.train)
+    sizes = BatchSizes.of(cfg.train, plan)
     samples = plan.num_samples
     for name, value in (
         ("train_samples", cfg.train.train_samples),
@@ -163,11 +199,7 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                 f"{reader.folder}: holds the state of optimizer {was}, not of {now}; "
                 f"go on with --optimizer {was}, or --load it with --finetune in another --run-dir"
             )
-        if reader.state["plan_fingerprint"] != plan.fingerprint(int(reader.state["samples"])):
-            raise CheckpointError(
-                f"{reader.folder}: its {reader.state['samples']} samples came from another data plan (sources, tokens, "
-                "stages, seed or block length changed); take another --run-dir, or --load it with --finetune"
-            )
+        _check_past(reader, cfg, plan)
         theirs = reader.state.get("data")
         for name, mine in hashes_of_data(cfg, tokenizer).items():
             if isinstance(theirs, dict) and theirs.get(name, mine) != mine:
@@ -175,13 +207,51 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                     f"{reader.folder}: {name} is another file now than when this checkpoint was made; "
                     "take another --run-dir, or --load it with --finetune"
                 )
-        were, are = (BatchSizes.of(t) for t in (reader.config.train, cfg.train))
+        old = _old_plan(reader)
+        were, are = BatchSizes.of(reader.config.train, old), BatchSizes.of(cfg.train, plan if old else None)
         if were.history(reader.samples) != are.history(reader.samples):
             raise CheckpointError(
                 f"{reader.folder}: its {reader.samples} samples came in batches of {were} (global_batch_size, "
                 f"rampup_batch_size), not of {are}; a run keeps the batches of its past"
             )
     return reader, is_resume
+
+
+def _old_plan(reader: CheckpointReader) -> Plan | None:
+    """The plan that a checkpoint was made with; None where it does not say how many tokens its sources had."""
+    tokens = reader.counts("source_tokens")
+    if tokens is None or len(tokens) != len(reader.config.data.sources):
+        return None
+    try:
+        return make_plan(reader.config, tokens)
+    except MegapolyError as error:
+        raise CheckpointError(f"{reader.folder / 'state.json'}: its data plan cannot be read: {error}") from None
+
+
+def _changes_since(reader: CheckpointReader, plan: Plan) -> list[PlanChange]:
+    old = _old_plan(reader)
+    return [] if old is None else plan_changes(old, plan)
+
+
+def _check_past(reader: CheckpointReader, cfg: Config, plan: Plan) -> None:
+    """Refuse a plan that changes what the checkpoint has seen, with each difference: its past stays as it was."""
+    seen = reader.samples
+    past = [change for change in _changes_since(reader, plan) if change.since < seen and change.decides]
+    if reader.state["plan_fingerprint"] == plan.fingerprint(seen) and not past:
+        return
+    differences = "; ".join(map(str, past)) or "sources, tokens, stages, seed or block length changed"
+    advice = ""
+    if past and all(change.of_stage for change in past) and (old := _old_plan(reader)):
+        stage = old.stages[old.stage_at(seen - 1)]
+        done = sum(s.tokens for s in reader.config.curriculum.stages[: old.stages.index(stage)])
+        advice = (
+            f" (a change from here on: end stage '{stage.name}' at tokens {seen * old.block_length - done} and append "
+            "a stage)"
+        )
+    raise CheckpointError(
+        f"{reader.folder}: its {seen} samples came from another data plan: {differences}{advice}; "
+        "change it back, take another --run-dir, or --load it with --finetune"
+    )
 
 
 def _check_writable(folder: str) -> None:
@@ -212,5 +282,7 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
     infilling = make_infilling(cfg.data, tokenizer, cfg.train.seed)
     prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume, infilling)
-    check_schedule(cfg.schedule, prepared.num_steps)
+    check_phases(prepared.phases)
+    if checkpoint is not None and prepared.takes_full_state:
+        prepared = dataclasses.replace(prepared, changes=tuple(_changes_since(checkpoint, plan)))
     return prepared

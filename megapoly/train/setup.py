@@ -93,6 +93,11 @@ class Run:
         """The resolved configuration."""
         return self.prepared.cfg
 
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks among which sequence parallel deals out the tokens of a micro-batch."""
+        return self.mesh.tp.size if self.cfg.parallel.sequence_parallel else 1
+
     def checkpoint_state(self, step: int) -> dict[str, Any]:
         """What state.json keeps beside the tensors."""
         samples = self.prepared.samples_after(step)
@@ -100,11 +105,14 @@ class Run:
             "step": step,
             "samples": samples,
             "global_batch_size": self.cfg.train.global_batch_size,
-            "lr_decay_iters": self.cfg.schedule.lr_decay_iters or self.prepared.num_steps,
+            "lr_decay_iters": self.prepared.decay_end,
+            "first_steps": [first for first in self.prepared.first_steps if first <= step],
+            "optimizer_steps": self.optimizer.num_steps,
             "vocab_size": self.prepared.vocab_size,
             "dtype": self.cfg.precision.parameters,
             "loss_scaler": self.loss_scaler.state(),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
+            "source_tokens": [source.tokens for source in self.prepared.plan.sources],
             "data": self.prepared.data_hashes,
             "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
             "config": self.cfg.to_dict(),
@@ -201,7 +209,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         loss_scaler=LossScaler.of(cfg.precision),
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents, prepared.infilling),
-        valid_loader=ValidLoader(prepared.valid_streams, cfg.data.block_length, deal, cfg.train.eval_iters, documents),
+        valid_loader=ValidLoader(prepared.valid_streams, m.seq_length, deal, cfg.train.eval_iters, documents),
     )
 
 

@@ -10,7 +10,6 @@ from megapoly.model.head import SharedHead
 from megapoly.model.loss import masked_losses
 from megapoly.model.transformer import Transformer
 from megapoly.optim.clip import clip_coefficient
-from megapoly.optim.schedule import learning_rate
 from megapoly.parallel.collectives import all_reduce_
 from megapoly.parallel.context import local_batch
 from megapoly.train.setup import Run, to_device
@@ -47,7 +46,9 @@ def train_step(run: Run, step: int) -> StepStats:
 
     grad_norm = run.optimizer.global_norm(owned_grad) / scale
     clip = clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
-    lr = learning_rate(run.cfg.schedule, step, run.prepared.num_steps)
+    lr = run.prepared.learning_rate(step)
+    if step in run.prepared.reset_steps:
+        run.optimizer.reset()
     if run.loss_scaler.accepts(grad_norm):
         run.optimizer.step(owned_grad, lr, clip / scale)
     params_norm = run.optimizer.global_norm(run.optimizer.master)
@@ -76,6 +77,7 @@ def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: 
         objective.backward()
         return run.head.own(normed_TH.grad)
 
+    run.pipeline.set_tokens(batches[0].tokens.size // run.sequence_shards)
     if tied is not None:
         tied()
     run.pipeline.run(len(batches), forward, head)

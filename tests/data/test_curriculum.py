@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapoly.data.curriculum import Plan, describe, make_plan, open_sources, summary
+from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import IndexedDatasetWriter
+from megapoly.data.plan_report import describe, summary
 from megapoly.errors import ConfigError, DataError
 from megapoly.sections import Config, CurriculumConfig, DataConfig, ModelConfig, Source, Stage, TrainConfig
 
@@ -144,7 +145,7 @@ REFUSALS: list[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any],
     ([KO], [DIAL], {}, r"non_english_share \(0.3\) needs a source that is English, but no source is English"),
     ([EN, CODE], [DIAL], {}, "no source is non-English"),
     ([EN, KO], [DIAL | {"code_share": 0.1}], {}, r"code_share \(0.1\) needs a source that is code"),
-    ([EN, KO], [W], {}, "gives neither weights nor non_english_share"),
+    ([EN, KO], [W], {}, "gives no shares; give one of weights, language_weights"),
     ([EN, KO], [DIAL | {"weights": {"web-en": 1.0}}], {}, "gives weights and non_english_share"),
     ([EN, CODE], [W | {"weights": {"web-en": 1.0}, "code_share": 0.2}], {}, "gives weights and code_share"),
     ([EN, KO], [DIAL | {"tokens": 99}], {}, r"tokens \(99\) is less than one slice of 100"),
@@ -157,7 +158,7 @@ REFUSALS: list[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any],
     ([EN | {"language": "eng"}, KO], [DIAL], {}, "language 'eng' is no .*; write 'en'"),
     ([EN, KO | {"language": "Korean"}], [DIAL], {}, "'web-ko': language 'Korean' is no .*; write a code such as"),
     ([EN, KO | {"language": ""}], [DIAL], {}, "'web-ko': language '' is no .*; write a code such as"),
-    ([EN, KO], [DIAL], {"block_length": 300}, r"block_length \(300\) must for now equal seq_length \(100\)"),
+    ([EN, KO], [DIAL], {"block_length": 250}, r"^seq_length \(100\) must divide block_length \(250\)"),
     ([EN, KO], [DIAL], {"max_epochs": 1.3}, r"'web-en' .* 1.4 epochs \(700 samples of 500.* max_epochs \(1.3\)"),
     ([EN, KO], [DIAL], {"max_epochs": 0.0}, r"max_epochs \(0.0\) must be positive"),
 ]  # fmt: skip

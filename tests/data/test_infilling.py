@@ -74,10 +74,11 @@ def test_the_rates_are_kept(rate: float, spm_rate: float) -> None:
 
 
 def test_other_sources_samples_and_seeds() -> None:
-    tokens = np.arange(4, 40)
+    tokens = np.arange(4, 400)
     assert infilling().apply(tokens, 1, 5) is tokens
     made = [infilling(seed=seed).apply(tokens, 0, sample).tolist() for seed in (7, 8) for sample in (0, 1, 2**40)]
-    assert len({tuple(one) for one in made}) == 6
+    made += [infilling().apply(tokens, 0, 0, sequence).tolist() for sequence in (1, 2)]
+    assert len({tuple(one) for one in made}) == 8
     assert made[0] == infilling().apply(tokens, 0, 0).tolist()
     twice = infilling().apply(np.r_[tokens, EOD, tokens], 0, 0)
     assert not (twice[: len(tokens)] == twice[len(tokens) + 1 :]).all()

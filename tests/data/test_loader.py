@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_runs import VOCAB, tiny_config
 
 from megapoly.data.batch import Documents, batch_of
+from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
@@ -64,6 +65,36 @@ def test_batches_do_not_depend_on_what_is_looked_up_at_once(
 def test_the_last_batch_may_be_short(data: tuple[Plan, list[TokenStream]]) -> None:
     plan, streams = data
     assert rows_of(plan, streams, 16, 19, 1, 2).total() == 3
+
+
+@pytest.mark.parametrize(("mbs", "dp"), [(1, 1), (2, 2), (1, 8)])
+def test_a_stage_of_shorter_sequences_walks_its_blocks_in_order(mbs: int, dp: int, tmp_path: Path) -> None:
+    """Blocks of 48 tokens: three sequences of 16, then one of 48, then six of 8; every token of a block once."""
+    stages = [
+        {"name": str(n), "tokens": 48 * 8, "non_english_share": 0.5, "seq_length": length, "global_batch_size": batch}
+        for n, (length, batch) in enumerate([(16, 24), (48, 8), (8, 48)])
+    ]
+    cfg = tiny_config(tmp_path, "gpt2", max_position_embeddings=48, stages=stages)
+    streams = open_sources(cfg, VOCAB)
+    plan = make_plan(cfg, [s.num_tokens for s in streams])
+    assert plan.block_length == 48 and plan.num_samples == 24
+    sizes = BatchSizes.of(cfg.train, plan)
+    sources, _, offsets = plan.sampler().samples(0, 24)
+    for first, length in ((0, 16), (8, 48), (16, 8)):
+        assert (sizes.at(first), sizes.end(first)) == (8, first + 8)
+        expected: Counter[tuple] = Counter()
+        for n in range(first, first + 6):
+            piece = streams[sources[n]].read(offsets[n] * 48, offsets[n] * 48 + 49)
+            for begin in range(0, 48, length):
+                row = piece[begin : begin + length + 1]
+                expected[int(sources[n]), row[:-1].tobytes(), row[1:].tobytes()] += 1
+        rows: Counter[tuple] = Counter()
+        for rank in range(dp):
+            for batch in TrainLoader(plan, streams, Deal(8, mbs, rank, dp), sizes).batch(first, first + 6):
+                assert batch.tokens.shape == (mbs, length)
+                for i in np.flatnonzero(batch.mask.all(1)):
+                    rows[int(batch.sources[i]), batch.tokens[i].tobytes(), batch.labels[i].tobytes()] += 1
+        assert rows == expected
 
 
 def test_no_rank_is_bound_to_one_source(data: tuple[Plan, list[TokenStream]], tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from megapoly.checks import check_schedule
 from megapoly.errors import ConfigError
 from megapoly.optim.schedule import learning_rate
+from megapoly.run_checks import check_schedule
 from megapoly.sections import ScheduleConfig
 
 

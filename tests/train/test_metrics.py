@@ -10,7 +10,7 @@ from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import tiny_config, tiny_run
 
-from megapoly.data.curriculum import summary
+from megapoly.data.plan_report import summary
 from megapoly.model.count import flops_per_token
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
@@ -51,6 +51,38 @@ def test_rows_account_for_every_token_and_stage(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert board.Scalars("loss_by_source/ko")[-1].value == pytest.approx(rows[-1]["loss_by_source"]["ko"], rel=1e-6)
+
+
+def test_rows_have_planned_and_realised_shares_and_losses_by_source_and_language(tmp_path: Path) -> None:
+    tiny_config(tmp_path, "gpt2", 6)  # the files
+    names = {"en": ("en", "text"), "web-ko": ("ko", "text"), "opus-ko": ("ko", "parallel"), "code": ("en", "code")}
+    sources = [
+        {"name": name, "language": code, "kind": kind, "paths": [str(tmp_path / f"{code}_text_document")]}
+        for name, (code, kind) in names.items()
+    ]
+    ramp = {"from": 0.2, "to": 0.8, "shape": "steps", "steps": 3}
+    stages = [{"name": "one", "tokens": 6 * 8 * 16, "non_english_share": ramp, "code_share": 0.25}]
+    options = {"sources": sources, "stages": stages, "num_layers": 1, "log_interval": 4, "tensorboard": True}
+    cfg = tiny_config(tmp_path, "gpt2", 6, **options)
+    run_ranks(train_it, cfg)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    dials = [0.2, 0.2, 0.5, 0.5, 0.8, 0.8]  # three steps of 16 samples, two batches each
+    for row, dial in zip(rows, dials, strict=True):
+        wanted = {"en": 0.75 * (1 - dial), "web-ko": 0.375 * dial, "opus-ko": 0.375 * dial, "code": 0.25}
+        assert row["planned_share_by_source"] == pytest.approx(wanted, abs=1e-6)
+        by_language = {"en": wanted["en"], "ko": 0.75 * dial, "code": 0.25}
+        assert row["planned_share_by_language"] == pytest.approx(by_language, abs=1e-6)
+        tokens, losses = row["tokens_by_source"], row["loss_by_source"]
+        assert row["share_by_source"] == pytest.approx({s: n / 128 for s, n in tokens.items()}, abs=1e-6)
+        korean = [name for name in ("web-ko", "opus-ko") if name in tokens]
+        assert row["share_by_language"]["ko"] == pytest.approx(sum(tokens[s] for s in korean) / 128, abs=1e-6)
+        mean_loss = sum(losses[s] * tokens[s] for s in korean) / sum(tokens[s] for s in korean)
+        assert row["loss_by_language"]["ko"] == pytest.approx(mean_loss)
+        assert row["loss_by_language"].get("code") == losses.get("code")
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    tags = [f"{kind}/ko" for kind in ("share_by_language", "planned_share_by_language", "loss_by_language")]
+    for tag in [*tags, "planned_share_by_source/opus-ko", "share_by_source/en"]:
+        assert len(board.Scalars(tag)) >= 5
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:

@@ -1,0 +1,127 @@
+"""What differs between two data plans, and from which sample on: a changed plan may change what is to come alone."""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import zip_longest
+
+from megapoly.data.curriculum import Plan, PlanStage
+from megapoly.data.shares import Shares
+
+MOST_NAMED = 3  # of the sources whose share moved
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """One difference, in words with the old and the new number; samples before number `since` do not know of it.
+
+    What `decides` nothing about data and batches (a name, a learning rate) may differ in the past too.
+    """
+
+    since: int
+    text: str
+    decides: bool = True
+    of_stage: bool = False  # another stage could have it from a later sample on
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def plan_changes(old: Plan, new: Plan) -> list[PlanChange]:
+    """All differences, by the sample from which on they matter."""
+    changes = [
+        PlanChange(0, f"{name} was {was} and is {now}")
+        for name, was, now in (("seed", old.seed, new.seed), ("block_length", old.block_length, new.block_length))
+        if was != now
+    ]
+    changes += _source_changes(old, new)
+    for before, after in zip_longest(old.stages, new.stages):
+        changes += [replace(change, of_stage=True) for change in _stage_changes(old, new, before, after)]
+    return sorted(changes, key=lambda change: change.since)
+
+
+def _first_read(plan: Plan, source: int) -> int:
+    """The first sample of the first stage that reads a source; the plan's end where none does."""
+    stretches = (stretch for stage in plan.stages for stretch in stage.stretches())
+    return next((begin for begin, _, shares in stretches if shares[source]), plan.num_samples)
+
+
+def _source_changes(old: Plan, new: Plan) -> list[PlanChange]:
+    """A source is its place in the list (its order is drawn from it), its name and its tokens."""
+    changes = []
+    for i, (was, now) in enumerate(zip_longest(old.sources, new.sources)):
+        since = min(_first_read(plan, i) for plan, there in ((old, was), (new, now)) if there is not None)
+        if was is None or now is None:
+            what = f"is new ({now.tokens:,} tokens)" if now is not None else "is gone"
+            changes.append(PlanChange(since, f"source '{(now or was).name}' {what}"))
+        elif was.name != now.name:
+            changes.append(PlanChange(since, f"source number {i + 1} was '{was.name}' and is '{now.name}'"))
+        elif was.tokens != now.tokens:
+            text = f"source '{now.name}' had {was.tokens:,} tokens and has {now.tokens:,}"
+            changes.append(PlanChange(since, text))
+    return changes
+
+
+def _stage_changes(old: Plan, new: Plan, was: PlanStage | None, now: PlanStage | None) -> list[PlanChange]:
+    if was is None or now is None:
+        stage, plan, verb = (now, new, "is new") if was is None else (was, old, "is gone")
+        assert stage is not None
+        text = f"stage '{stage.name}' {verb} ({_tokens(plan, stage)} tokens, non-English {_dial(plan, stage)})"
+        return [PlanChange(stage.begin_sample, text)]
+    begin = min(was.begin_sample, now.begin_sample)
+    name = f"stage '{now.name}'"
+    changes = []
+    if was.name != now.name:
+        changes.append(PlanChange(begin, f"stage '{was.name}' is named '{now.name}' now", decides=False))
+    if (was.begin_sample, was.end_sample) != (now.begin_sample, now.end_sample):
+        text = f"{name} had {_tokens(old, was)} tokens, to sample {was.end_sample:,}, and has {_tokens(new, now)}, "
+        since = min(was.end_sample, now.end_sample) if was.begin_sample == now.begin_sample else begin
+        changes.append(PlanChange(since, f"{text}to sample {now.end_sample:,}"))
+    if (other := _first_other_share(was, now)) is not None:
+        moved = _moved(old, new, was, now)
+        text = f"{name} had {_dial(old, was)} non-English and has {_dial(new, now)}{moved}"
+        changes.append(PlanChange(other, text))
+    if was.seq_length != now.seq_length:
+        changes.append(PlanChange(begin, f"{name}: seq_length was {was.seq_length} and is {now.seq_length}"))
+    for key in dict.fromkeys((*was.settings, *now.settings)):
+        there, here = was.settings.get(key), now.settings.get(key)
+        if there != here and key != "seq_length":
+            text = f"{name}: {key} was {'not given' if there is None else there} and is "
+            decides = key in ("global_batch_size", "reset_optimizer")
+            changes.append(PlanChange(begin, f"{text}{'not given' if here is None else here}", decides))
+    return changes
+
+
+def _first_other_share(was: PlanStage, now: PlanStage) -> int | None:
+    """The first sample, of those that both stages have, at which the shares differ."""
+    for (begin, end, shares), (other_begin, other_end, others) in zip(was.stretches(), now.stretches(), strict=False):
+        if _by_place(shares) != _by_place(others):
+            return min(begin, other_begin)
+        if end != other_end:
+            ends_both = end == was.end_sample and other_end == now.end_sample
+            return None if ends_both else min(end, other_end)
+    return None
+
+
+def _by_place(shares: Shares) -> dict[int, Fraction]:
+    """Shares by the source's number: a source that is appended and not read changes nothing."""
+    return {i: share for i, share in enumerate(shares) if share}
+
+
+def _moved(old: Plan, new: Plan, was: PlanStage, now: PlanStage) -> str:
+    """The sources whose share of the stage moved most."""
+    there = {source.name: share for source, share in zip(old.sources, was.shares, strict=True)}
+    here = {source.name: share for source, share in zip(new.sources, now.shares, strict=True)}
+    moves = {name: float(here.get(name, 0)) - float(there.get(name, 0)) for name in {**there, **here}}
+    most = sorted((name for name in moves if moves[name]), key=lambda name: -abs(moves[name]))
+    shown = [f"'{n}' {float(there.get(n, 0)):.4g} -> {float(here.get(n, 0)):.4g}" for n in most[:MOST_NAMED]]
+    more = f" and {len(most) - MOST_NAMED} more" if len(most) > MOST_NAMED else ""
+    return f" (shares: {', '.join(shown)}{more})" if shown else ""
+
+
+def _tokens(plan: Plan, stage: PlanStage) -> str:
+    return f"{stage.samples * plan.block_length:,}"
+
+
+def _dial(plan: Plan, stage: PlanStage) -> str:
+    first, last = (plan.non_english_share(stage.steps[end].shares) for end in (0, -1))
+    return f"{first:.4g}" if len(stage.steps) == 1 else f"{first:.4g} to {last:.4g}"
