@@ -103,7 +103,7 @@ class Megapoly:
         plan = make_plan(cfg, [stream.num_tokens for stream in streams])
         self.loader = TrainLoader(plan, streams, Deal(8, 8, 0, 1))
         self.sampler, self.streams = plan.sampler(), streams
-        self.sampler.samples(0, WINDOW)
+        self.sampler.samples(0, min(WINDOW, plan.num_samples))
 
     def look_up(self, begin: int, count: int) -> None:
         """Source, epoch and slice of so many samples, in batches."""
@@ -128,7 +128,9 @@ class MegatronCore:
     def __init__(self, case: Case, folder: Path) -> None:
         import megatron.core.datasets.blended_megatron_dataset_builder
         import megatron.core.datasets.gpt_dataset  # noqa: F401
+        import torch.distributed as dist
 
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # it asks for its rank
         self.case, self.folder = case, folder
 
     def open(self) -> None:

@@ -1,15 +1,20 @@
 // The sampler's batch call: the bits of sampler.py, splits.py and permutation.py, which explain the method and are the
-// oracle of its tests. Everything is checked on the way in, so that no argument can make a walk leave its tables.
+// oracle of its tests; and the reading of a sample's tokens, as in reader.py. Everything is checked on the way in, so that
+// no argument can make a walk leave its tables.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace py = pybind11;
@@ -266,13 +271,64 @@ py::tuple largest_deficit_first(const Array<int64_t>& rates_array, const Array<i
   return py::make_tuple(sources, ordinals);
 }
 
+// ------------------------------------------------------------------------------------------------------------ tokens
+
+bool read_fully(int handle, char* to, size_t size, int64_t position) {
+  while (size > 0) {
+    const ssize_t got = ::pread(handle, to, size, position);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    to += got, size -= static_cast<size_t>(got), position += got;
+  }
+  return true;
+}
+
+// Ids as they lie in the file, widened; false where some are missing, negative or at or above the limit.
+template <typename T>
+bool read_as(int handle, int64_t first, int64_t count, uint64_t limit, int64_t* to) {
+  using Unsigned = std::make_unsigned_t<T>;
+  const auto size = static_cast<size_t>(count);
+  const std::unique_ptr<T[]> ids(new T[size]);
+  const auto item = static_cast<int64_t>(sizeof(T));
+  if (!read_fully(handle, reinterpret_cast<char*>(ids.get()), size * sizeof(T), first * item)) return false;
+  Unsigned most = 0;
+  for (size_t i = 0; i < size; ++i) {
+    most = std::max(most, static_cast<Unsigned>(ids[i]));  // a negative id exceeds every other
+    to[i] = ids[i];
+  }
+  const auto beyond = static_cast<uint64_t>(std::numeric_limits<T>::max()) + 1;
+  return count == 0 || most < (std::is_signed_v<T> ? std::min(limit, beyond) : limit);
+}
+
+py::object read_tokens(int handle, int64_t first, int64_t count, const std::string& kind, int64_t limit) {
+  require(first >= 0 && first <= kMost && count >= 0 && count <= kMost && limit >= 0, "tokens are out of range");
+  const auto read = kind == "u1"   ? read_as<uint8_t>
+                    : kind == "i1" ? read_as<int8_t>
+                    : kind == "i2" ? read_as<int16_t>
+                    : kind == "i4" ? read_as<int32_t>
+                    : kind == "i8" ? read_as<int64_t>
+                    : kind == "u2" ? read_as<uint16_t>
+                                   : nullptr;
+  require(read != nullptr, "the type of the tokens is unknown");
+  py::array_t<int64_t> tokens(count);
+  int64_t* to = tokens.mutable_data();
+  bool is_good = false;
+  {
+    py::gil_scoped_release release;
+    is_good = read(handle, first, count, static_cast<uint64_t>(limit), to);
+  }
+  return is_good ? py::object(tokens) : py::object(py::none());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_sampler, module) {
-  module.doc() = "The sampler's batch call in C++; megapoly.data.sampler says what it computes.";
+  module.doc() = "The data order and the reading of tokens in C++; megapoly.data.sampler and reader say what they do.";
   module.attr("INTERFACE") = kInterface;
   module.def("largest_deficit_first", &largest_deficit_first, py::arg("rates"), py::arg("deficits"),
              py::arg("remaining"), py::arg("steps"));
+  module.def("read_tokens", &read_tokens, py::arg("handle"), py::arg("first"), py::arg("count"), py::arg("kind"),
+             py::arg("limit"));
   py::class_<Stage>(module, "Stage")
       .def(py::init<int64_t, const Array<int64_t>&, const Array<uint64_t>&, const Array<int64_t>&, int32_t,
                     const Array<int32_t>&, const Array<int32_t>&, const Array<uint64_t>&, const Array<int64_t>&,

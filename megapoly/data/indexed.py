@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset
+from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset, check_ids
 from megapoly.errors import DataError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -61,7 +61,7 @@ class IndexedDatasetWriter:
         assert tokens.ndim == 1 and int(lengths.sum()) == len(tokens)
         if not len(tokens):
             return
-        _check_ids(tokens, self.vocab_size, self.prefix, self.num_tokens)
+        check_ids(tokens, self.vocab_size, self.prefix, self.num_tokens)
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._lengths.frombytes(lengths[lengths > 0].astype(np.intc).tobytes())
         self.num_tokens += len(tokens)
@@ -125,21 +125,17 @@ class TokenStream:
             raise IndexError(f"tokens [{begin}, {end}) lie outside of [0, {self.num_tokens})")
         first = bisect_right(self._ends, begin)
         if first < len(self._ends) and end <= self._ends[first]:  # mostly: one file holds them
-            return self._read_of(first, begin, end).astype(np.int64)
+            return self._read_of(first, begin, end)
         parts = [np.empty(0, dtype=np.int64)]
         for i in range(first, bisect_left(self._ends, end) + 1 if begin < end else first):
             before = self._ends[i] - self.datasets[i].num_tokens
-            parts.append(self._read_of(i, max(begin, before), min(end, self._ends[i])).astype(np.int64))
+            parts.append(self._read_of(i, max(begin, before), min(end, self._ends[i])))
         return np.concatenate(parts)
 
-    def _read_of(self, i: int, begin: int, end: int) -> npt.NDArray[np.integer]:
-        """Tokens begin to end of the stream, which dataset i holds, checked."""
-        dataset = self.datasets[i]
-        before = self._ends[i] - dataset.num_tokens
-        part = dataset.tokens(begin - before, end - before)
-        if self.vocab_size is not None:
-            _check_ids(part, self.vocab_size, dataset.bin_path, begin - before)
-        return part
+    def _read_of(self, i: int, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """Tokens begin to end of the stream, which dataset i holds."""
+        before = self._ends[i] - self.datasets[i].num_tokens
+        return self.datasets[i].read(begin - before, end - before, self.vocab_size)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise DataError for an id that the vocabulary lacks.
@@ -151,23 +147,7 @@ class TokenStream:
         for dataset in self.datasets:
             n, edge = dataset.num_tokens, EDGE_SCAN_BYTES // dataset.dtype.itemsize
             for begin in range(0, n, edge) if is_small else (0, max(n - edge, 0)):
-                _check_ids(dataset.tokens(begin, min(n, begin + edge)), vocab_size, dataset.bin_path, begin)
-
-
-def _check_ids(tokens: npt.NDArray[np.integer], vocab_size: int, name: str, begin: int) -> None:
-    """Raise DataError for an id that is negative or beyond the vocabulary, in one pass where there is none."""
-    if not len(tokens):
-        return
-    unsigned, limit = tokens, vocab_size
-    if tokens.dtype.kind == "i":  # read without its sign a negative id exceeds every other
-        unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
-        limit = min(vocab_size, 1 << (8 * tokens.dtype.itemsize - 1))
-    if np.maximum.reduce(unsigned) >= limit:
-        i = int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
-        raise DataError(
-            f"{name}: token {begin + i} has id {tokens[i]}, but the vocabulary ends at {vocab_size - 1}; "
-            "preprocess with the tokenizer that is configured"
-        )
+                check_ids(dataset.tokens(begin, min(n, begin + edge)), vocab_size, dataset.bin_path, begin)
 
 
 def _sync_and_close(file: BinaryIO) -> None:

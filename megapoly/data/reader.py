@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from megapoly.data.native import NATIVE
 from megapoly.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -24,6 +25,7 @@ FLOAT_CODES = (6, 7)
 INDEX_CHUNK = 1 << 22
 # An index of so many sequences is checked as a whole when it is opened: microseconds.
 CHECKED_AT_OPENING = 4096
+NO_LIMIT = (1 << 63) - 1
 
 
 class IndexedDataset:
@@ -46,7 +48,7 @@ class IndexedDataset:
         try:
             self._open()
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise _unreadable(error, self.idx_path) from None
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return IndexedDataset, (self.prefix,)  # another process opens the files itself
@@ -83,6 +85,7 @@ class IndexedDataset:
         if n_entries == 0:
             raise self._damage("has 0 document entries; at least 1 is needed")
         self.dtype, self.num_sequences, self.num_documents = DTYPES[code], n_sequences, n_entries - 1
+        self._kind = f"{self.dtype.kind}{self.dtype.itemsize}"
 
     def _check_ends(self, index: int, size: int) -> None:
         """The first and last entries of the index, against the size of the .bin."""
@@ -126,7 +129,7 @@ class IndexedDataset:
             else:
                 index = np.asarray(np.memmap(self.idx_path, dtype=np.uint8, mode="r"))
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise _unreadable(error, self.idx_path) from None
         except ValueError:  # memmap's, for an empty file
             raise self._damage("became empty since it was opened") from None
         if len(index) != ends[-1]:
@@ -176,10 +179,6 @@ class IndexedDataset:
     def _damage(self, what: str) -> DataError:
         return DataError(f"{self.idx_path}: {what}; write or copy the dataset again")
 
-    def _unreadable(self, error: OSError) -> DataError:
-        advice = "; raise the limit, `ulimit -n`" if error.errno == errno.EMFILE else ""
-        return DataError(f"{error.filename or self.idx_path}: cannot be read: {error.strerror or error}{advice}")
-
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each sequence, checked."""
@@ -206,15 +205,31 @@ class IndexedDataset:
         begin = int(self.offsets[i]) // self.dtype.itemsize
         return self.tokens(begin, begin + int(self.lengths[i]))
 
+    def read(self, begin: int, end: int, vocab_size: int | None = None) -> npt.NDArray[np.int64]:
+        """`tokens` as int64, checked against a vocabulary: DataError names an id that it lacks."""
+        if NATIVE.module is not None and 0 <= begin <= end <= self.num_tokens:
+            limit = NO_LIMIT if vocab_size is None else vocab_size
+            found = NATIVE.module.read_tokens(self._bin, begin, end - begin, self._kind, limit)
+            if found is not None:
+                return found
+        # Without the extension, and to say what is wrong where it finds something.
+        tokens = self.tokens(begin, end)
+        if vocab_size is not None:
+            check_ids(tokens, vocab_size, self.bin_path, begin)
+        return tokens.astype(np.int64)
+
     def tokens(self, begin: int, end: int) -> npt.NDArray[np.integer]:
         """Tokens begin to end (exclusive) of all sequences back to back, read-only."""
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"{self.bin_path}: tokens [{begin}, {end}) lie outside of [0, {self.num_tokens})")
         item = self.dtype.itemsize
         size, position = (end - begin) * item, begin * item
-        data = os.pread(self._bin, size, position)
-        if len(data) < size:  # Linux reads at most 2 GiB at once
-            data = self._read_on(data, size, position)
+        try:
+            data = os.pread(self._bin, size, position)
+            if len(data) < size:  # Linux reads at most 2 GiB at once
+                data = self._read_on(data, size, position)
+        except OSError as error:
+            raise _unreadable(error, self.bin_path) from None
         return np.frombuffer(data, self.dtype)
 
     def _read_on(self, data: bytes, size: int, position: int) -> bytes:
@@ -228,6 +243,27 @@ class IndexedDataset:
                 )
             missing -= len(parts[-1])
         return b"".join(parts)
+
+
+def check_ids(tokens: npt.NDArray[np.integer], vocab_size: int, name: str, begin: int) -> None:
+    """Raise DataError for an id that is negative or beyond the vocabulary, in one pass where there is none."""
+    if not len(tokens):
+        return
+    unsigned, limit = tokens, vocab_size
+    if tokens.dtype.kind == "i":  # read without its sign a negative id exceeds every other
+        unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
+        limit = min(vocab_size, 1 << (8 * tokens.dtype.itemsize - 1))
+    if np.maximum.reduce(unsigned) >= limit:
+        i = int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
+        raise DataError(
+            f"{name}: token {begin + i} has id {tokens[i]}, but the vocabulary ends at {vocab_size - 1}; "
+            "preprocess with the tokenizer that is configured"
+        )
+
+
+def _unreadable(error: OSError, path: str) -> DataError:
+    advice = "; raise the limit, `ulimit -n`" if error.errno == errno.EMFILE else ""
+    return DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}{advice}")
 
 
 def _open_to_read(path: str) -> int:

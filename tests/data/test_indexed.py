@@ -1,6 +1,7 @@
 """The .bin/.idx format: bytes as Megatron-LM lays them out, nothing trusted unchecked, nothing half-written visible."""
 
 import copy
+import errno
 import os
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from megapoly.data import indexed, reader
 from megapoly.data.indexed import IndexedDataset, IndexedDatasetWriter, TokenStream
+from megapoly.data.native import NATIVE, Native
 from megapoly.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -280,8 +282,16 @@ def test_reads_of_more_than_the_kernel_gives_at_once_are_put_together(
 ) -> None:
     stream = TokenStream([write(tmp_path / "a", [list(range(100))])])
     read = os.pread
+    monkeypatch.setattr(reader, "NATIVE", Native(None))
     monkeypatch.setattr(os, "pread", lambda handle, size, position: read(handle, min(size, 7), position))
     assert stream.read(3, 90).tolist() == list(range(3, 90))
+
+    def fail(handle: int, size: int, position: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"a\.bin: cannot be read: Input/output error"):
+        stream.read(3, 90)
 
 
 def test_nothing_has_its_name_before_the_end(tmp_path: Path) -> None:
@@ -338,14 +348,20 @@ def test_ids_outside_the_vocabulary_are_found_with_file_and_position(
         guarded.read(990, 5000)
 
 
+@pytest.mark.parametrize("found", [NATIVE, Native(None)], ids=["native", "numpy"])
 @pytest.mark.parametrize(("code", "layout"), [(1, "<u1"), (2, "<i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
-def test_ids_of_every_type_are_checked_at_their_limits(tmp_path: Path, code: int, layout: str) -> None:
+def test_ids_of_every_type_are_checked_at_their_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, layout: str, found: Native
+) -> None:
+    monkeypatch.setattr(reader, "NATIVE", found)
     info = np.iinfo(layout)
     for value in {0, 99, 100, 101, info.max - 1, info.max, info.min, max(-1, info.min), max(-100, info.min)}:
         ids = np.array([1, value, 2], layout)
         index = struct.pack("<9sQBQQiqqq", b"MMIDIDX\x00\x00", 1, code, 1, 2, 3, 0, 0, 1)
         (tmp_path / "a.idx").write_bytes(index)
         (tmp_path / "a.bin").write_bytes(ids.tobytes())
+        plain = TokenStream([str(tmp_path / "a")]).read(0, 3)
+        assert plain.tolist() == ids.tolist() and plain.dtype == np.int64
         for vocab_size in (100, 101, 200, 2**31):
             stream = TokenStream([str(tmp_path / "a")], vocab_size)
             if 0 <= value < vocab_size:
@@ -353,6 +369,34 @@ def test_ids_of_every_type_are_checked_at_their_limits(tmp_path: Path, code: int
             else:
                 with pytest.raises(DataError, match=f"token 1 has id {value},"):
                     stream.read(0, 3)
+
+
+@pytest.mark.skipif(NATIVE.module is None, reason=NATIVE.reason)
+def test_the_extension_reads_what_is_there_and_nothing_else(tmp_path: Path) -> None:
+    read = NATIVE.module.read_tokens  # type: ignore[union-attr]
+    prefix = write(tmp_path / "a", [[1, 2, 3, 49999]])
+    with open(prefix + ".bin", "rb") as file:
+        handle = file.fileno()
+        for first in range(5):
+            for count in range(5 - first):
+                assert read(handle, first, count, "u2", 50000).tolist() == [1, 2, 3, 49999][first : first + count]
+        assert read(handle, 0, 4, "u2", 49999) is None  # an id at the limit
+        assert read(handle, 0, 4, "i2", 50000) is None  # 49999 is negative there
+        assert read(handle, 3, 2, "u2", 50000) is None  # beyond the end
+        assert read(handle, 2**60, 1, "i8", 50000) is None
+        for wrong in (
+            (-1, 1, "u2"),
+            (0, -1, "u2"),
+            (0, 2**63 - 1, "u2"),
+            (2**60 + 1, 1, "u2"),
+            (0, 1, "f4"),
+            (0, 1, ""),
+        ):
+            with pytest.raises(ValueError, match="range|unknown"):
+                read(handle, *wrong, 50000)
+        with pytest.raises(MemoryError):
+            read(handle, 0, 2**58, "u1", 50000)
+    assert read(handle, 0, 1, "u2", 50000) is None  # closed by now
 
 
 def test_a_negative_id_is_out_of_range(tmp_path: Path) -> None:
