@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ PARTS = ["opening", "order", "reading", "megatron"]
 FULL = Case("640 billion tokens", files=2400, documents=2400 * 444_444, samples=312_500_000, length=600)
 
 
-def run_opening(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run_opening(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Time and memory of opening, and a plan of very many stages."""
     case = replace(FULL, files=36, documents=360_000, samples=9_000) if options.smoke else FULL
     write_case(case, folder)
@@ -54,11 +54,11 @@ def run_opening(options: argparse.Namespace, folder: Path) -> list[dict[str, Any
         found.append(told)
     told = {key: statistics.median(each[key] for each in found) for key in found[0]}
     what = f"{case.name}, {LANGUAGES} languages, {case.files:,} files"
-    rows = [{"part": "opening", "what": what, "most": {"seconds": 1.0, "peak_mb": 200.0}, **told}]
+    yield {"part": "opening", "what": what, "most": {"seconds": 1.0, "peak_mb": 200.0}, **told}
     stages, sources = (6, 5) if options.smoke else (300, 100)
     seconds = [open_stages(stages, sources) for _ in range(options.rounds)]
     what = f"a plan of {stages} stages over {sources} sources"
-    return [*rows, {"part": "opening", "what": what, "most": {"seconds": 1.0}, "seconds": statistics.median(seconds)}]
+    yield {"part": "opening", "what": what, "most": {"seconds": 1.0}, "seconds": statistics.median(seconds)}
 
 
 def sampler_of(stages: int, sources: int, samples: int, native: bool | None = None) -> Any:
@@ -85,7 +85,7 @@ def open_stages(stages: int, sources: int) -> float:
     return time.perf_counter() - begin
 
 
-def run_order(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run_order(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Microseconds a sample, by both implementations in turn."""
     batches = 2 if options.smoke else 25
     both = {"C++": sampler_of(2, LANGUAGES, 10**12, True), "numpy": sampler_of(2, LANGUAGES, 10**12, False)}
@@ -98,18 +98,17 @@ def run_order(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                 one.samples(first, first + WINDOW)
             seconds[name].append((time.perf_counter() - begin) / batches / WINDOW)
     what = f"a sample in batches of {WINDOW:,} near sample 10^12, {LANGUAGES} sources"
-    return [
-        {"part": "order", "what": f"{what}, {name}", "microseconds": 1e6 * statistics.median(found[1:])}
-        | ({"most": {"microseconds": 1.0}} if name == "C++" else {})
-        for name, found in seconds.items()
-    ]
+    for name, found in seconds.items():
+        told = {"microseconds": 1e6 * statistics.median(found[1:])}
+        yield {"part": "order", "what": f"{what}, {name}", **told} | (
+            {"most": {"microseconds": 1.0}} if name == "C++" else {}
+        )
 
 
-def run_reading(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run_reading(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Microseconds to read a sample's tokens where the page cache has them, from files of either type."""
     from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 
-    rows = []
     for vocab in (VOCAB, 256_000):
         prefixes = [str(folder / f"{vocab}_{i}") for i in range(4)]
         for number, prefix in enumerate(prefixes):
@@ -128,33 +127,31 @@ def run_reading(options: argparse.Namespace, folder: Path) -> list[dict[str, Any
             seconds.append((time.perf_counter() - begin) / slices)
         what = f"the {LENGTH + 1:,} tokens of a sample, {stream.datasets[0].dtype}"
         told = {"microseconds": 1e6 * statistics.median(seconds[1:]), "most": {"microseconds": 5.0}}
-        rows.append({"part": "reading", "what": what, **told})
-    return rows
+        yield {"part": "reading", "what": what, **told}
 
 
-def run_megatron(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run_megatron(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Both sides at every number of documents and samples."""
-    rows = []
     for documents in [360] if options.smoke else options.documents:
         for samples in [400] if options.smoke else options.samples:
             name = f"{documents:,} documents, {samples:,} samples"
             case = Case(name, LANGUAGES, documents, samples, lengths_vary=True)
             with tempfile.TemporaryDirectory(prefix="case-", dir=folder) as place:
                 write_case(case, Path(place))
-                rows += race(case, Path(place), options)
-    return rows
+                for told in race(case, Path(place), options):
+                    yield {"part": "megatron", "case": case.name, **told}
 
 
-def race(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def race(case: Case, folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Opening of both, theirs twice; then order, tokens and whole samples in turn."""
     before = {path for path in folder.rglob("*") if path.is_file()}
     ours, told = opened(Megapoly, case, folder)
-    rows: list[dict[str, Any]] = [{"side": "megapoly", "what": "open", **told, **written(folder, before)}]
+    yield {"side": "megapoly", "what": "open", **told, **written(folder, before)}
     peer, told = opened(MegatronCore, case, folder)
-    rows.append({"side": "megatron-core", "what": "open, first time", **told, **written(folder, before)})
+    yield {"side": "megatron-core", "what": "open, first time", **told, **written(folder, before)}
     again, told = opened(MegatronCore, case, folder)
     again.close()
-    rows.append({"side": "megatron-core", "what": "open, again", **told})
+    yield {"side": "megatron-core", "what": "open, again", **told}
     for what, name, count in (
         ("order of a sample", "look_up", 100 * WINDOW), ("tokens of a sample", "read", 2000),
         ("whole training sample", "batch", 2000),
@@ -165,10 +162,9 @@ def race(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[str
             pairs.append([one.ask(name, case.samples // 2 // 8 * 8, count)[0] / count for one in (ours, peer)])
         mine, theirs = (1e6 * statistics.median(column) for column in zip(*pairs[1:], strict=True))
         ratio = statistics.median(theirs / mine for mine, theirs in pairs[1:])
-        rows.append({"side": "both", "what": what, "microseconds": mine, "peer_microseconds": theirs, "ratio": ratio})
+        yield {"side": "both", "what": what, "microseconds": mine, "peer_microseconds": theirs, "ratio": ratio}
     ours.close()
     peer.close()
-    return [{"part": "megatron", "case": case.name, **row} for row in rows]
 
 
 def written(folder: Path, before: set[Path]) -> dict[str, float]:
@@ -198,7 +194,7 @@ def line(told: dict[str, Any]) -> str:
     return f"{told['part']:<10}{side}{told['what']}: {', '.join(parts)}"
 
 
-RUN: dict[str, Callable[[argparse.Namespace, Path], list[dict[str, Any]]]] = {
+RUN: dict[str, Callable[[argparse.Namespace, Path], Iterator[dict[str, Any]]]] = {
     "opening": run_opening, "order": run_order, "reading": run_reading, "megatron": run_megatron,
 }  # fmt: skip
 
@@ -241,16 +237,14 @@ def main() -> int:
     for part in options.only:
         with tempfile.TemporaryDirectory(prefix="bench-data-", dir=options.folder) as name:
             try:
-                found = RUN[part](options, Path(name))
+                for told in RUN[part](options, Path(name)):
+                    print(line(told), flush=True)
+                    results.append(told)
+                    if options.json is not None:  # each time: what was measured survives if this is killed
+                        write_json(options.json, head | {"results": results})
             except Failed as failure:
                 print(f"{part:<10}{str(failure).strip().splitlines()[-1]}\n{failure}", file=sys.stderr)
                 has_failed = True
-                continue
-        for told in found:
-            print(line(told), flush=True)
-        results += found
-        if options.json is not None:  # each time: what was measured survives if this is killed
-            write_json(options.json, head | {"results": results})
     return 1 if has_failed else 0
 
 
