@@ -56,15 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pairs")
 
 
-@given(st.lists(texts, min_size=1, max_size=4))
+@given(st.lists(texts, min_size=1, max_size=4), st.sampled_from([1000, 100_000]))
 @settings(max_examples=50, deadline=None)
-def test_a_merged_dataset_is_its_parts(folder: Path, parts: list[list[list[int]]]) -> None:
-    written = [write(fresh(folder, f"part{i}"), documents) for i, documents in enumerate(parts)]
+def test_a_merged_dataset_is_its_parts(folder: Path, parts: list[list[list[int]]], vocab: int) -> None:
+    written = [write(fresh(folder, f"part{i}"), documents, vocab) for i, documents in enumerate(parts)]
     whole = [document for part in written for document in part]
     told = merge([str(folder / f"part{i}") for i in range(len(parts))], str(folder / "whole"))
     assert told == (len(whole), sum(map(len, whole)))
     assert read(folder / "whole") == whole
-    write(fresh(folder, "at once"), [document[:-1] for document in whole])
+    write(fresh(folder, "at once"), [document[:-1] for document in whole], vocab)
     for kind in (".bin", ".idx"):
         assert Path(f"{folder}/whole{kind}").read_bytes() == Path(f"{folder}/at once{kind}").read_bytes()
     assert not list(folder.glob("*tmp*"))
@@ -73,12 +73,12 @@ def test_a_merged_dataset_is_its_parts(folder: Path, parts: list[list[list[int]]
 def test_documents_of_several_sequences_stay_together(tmp_path: Path) -> None:
     prefix = tmp_path / "sentences"
     np.arange(10, dtype=U16).tofile(f"{prefix}.bin")
-    _write_index(f"{prefix}.idx", U16, [(np.array([2, 3, 1, 4]), np.array([0, 2, 2, 3, 4]))])
-    assert read(prefix) == [[0, 1, 2, 3, 4], [], [5], [6, 7, 8, 9]]
+    _write_index(f"{prefix}.idx", U16, [(np.array([2, 3, 1, 4]), np.array([0, 2, 2, 4]))])
+    assert read(prefix) == [[0, 1, 2, 3, 4], [], [5, 6, 7, 8, 9]]
     merge([str(prefix)] * 2, str(tmp_path / "twice"))
     assert read(tmp_path / "twice") == read(prefix) * 2
     found = inspect(str(tmp_path / "twice"))
-    assert (found.documents, found.sequences, found.tokens, found.empty_documents) == (8, 8, 20, 2)
+    assert (found.documents, found.sequences, found.tokens, found.empty_documents) == (6, 8, 20, 2)
     Path(f"{prefix}.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:8])  # in the second sequence of the first
     assert repair(str(prefix)).documents == 0
     assert read(prefix) == []
@@ -147,6 +147,37 @@ def test_tokens_beyond_the_index_and_false_lengths_are_cut_off(tmp_path: Path) -
     (tmp_path / "a.idx").write_bytes(index)
     repair(str(tmp_path / "a"))
     assert read(tmp_path / "a") == [[1, 2, EOD]]
+
+
+@pytest.mark.parametrize(("at", "wrong"), [(-8, 5), (-16, 9), (-32, 1)])
+def test_a_document_index_that_contradicts_itself_is_made_again(tmp_path: Path, at: int, wrong: int) -> None:
+    whole = write(tmp_path / "a", [[1, 2], [3], [4, 5, 6]])
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    place = len(index) + at
+    index[place : place + 8] = wrong.to_bytes(8, "little")
+    (tmp_path / "a.idx").write_bytes(index)
+    assert repair(str(tmp_path / "a")).cut_bytes == 0
+    assert read(tmp_path / "a") == whole
+
+
+@pytest.mark.parametrize("at", [0, 9, 17])  # its mark, its version, the type of the ids
+def test_an_index_of_another_kind_tells_nothing(tmp_path: Path, at: int) -> None:
+    whole = write(tmp_path / "a", [[1, 2], [3]])
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    index[at] = 99
+    (tmp_path / "a.idx").write_bytes(index)
+    with pytest.raises(DataError, match="tells nothing"):
+        repair(str(tmp_path / "a"))
+    repair(str(tmp_path / "a"), U16, EOD)
+    assert read(tmp_path / "a") == whole
+
+
+def test_a_dataset_that_is_being_written_is_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", [[1, 2]])
+    monkeypatch.setattr("megapoly.data.mending.shutil.copyfileobj", lambda file, whole, _: whole.write(file.read() * 2))
+    with pytest.raises(DataError, match="12 bytes came together instead of 6; is a dataset being written"):
+        merge([str(tmp_path / "a")], str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_tells_no_documents_apart_is_refused(tmp_path: Path) -> None:
