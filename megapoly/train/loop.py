@@ -102,6 +102,7 @@ def introduce(run: Run) -> None:
     )
     console.say(run.chunks[0].backends.describe())
     console.say(describe_host(mesh.device))
+    console.say(p.plan.sampler().describe())
     console.say(describe(p.plan))
     if p.start_step:
         assert p.checkpoint is not None

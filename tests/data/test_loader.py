@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny_runs import VOCAB, tiny_config
 
 from megapoly.data.batch import Documents, batch_of
 from megapoly.data.batch_sizes import BatchSizes
-from megapoly.data.curriculum import Plan, make_plan, open_sources
+from megapoly.data.curriculum import Plan, PlanStage, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
 from megapoly.sections import CurriculumConfig, Stage
@@ -105,6 +106,29 @@ def test_no_rank_is_bound_to_one_source(data: tuple[Plan, list[TokenStream]], tm
     for rank in range(8):
         loader = TrainLoader(plan, streams, Deal(8, 1, rank, 8))
         assert len({int(batch.sources[0]) for n in range(20) for batch in loader.batch(8 * n, 8 * n + 8)}) == 2
+
+
+@pytest.mark.parametrize(("dp", "mbs"), [(2, 1), (4, 1), (8, 1), (2, 2), (2, 4)])
+@pytest.mark.parametrize("first", [0, 10**12])
+def test_a_mixture_that_takes_turns_reaches_every_rank_in_equal_parts(
+    data: tuple[Plan, list[TokenStream]], dp: int, mbs: int, first: int
+) -> None:
+    # Megatron-LM's ranks take fixed places: of two sources at 1/2 each, every other rank would see one source only.
+    plan, streams = data
+    half = PlanStage("even", 0, first + 8 * 500, (Fraction(1, 2), Fraction(1, 2)))
+    even = dataclasses.replace(plan, stages=(half,))
+    sources = even.sampler().samples(first, first + 8)[0].tolist()
+    assert sources in ([0, 1] * 4, [1, 0] * 4)  # the aliasing is there to be avoided
+    for rank in range(dp):
+        loader = TrainLoader(even, streams, Deal(8, mbs, rank, dp))
+        seen = [
+            int(source)
+            for n in range(first, first + 8 * 500, 8)
+            for batch in loader.batch(n, n + 8)
+            for source in batch.sources
+        ]
+        # Places are drawn without replacement within a batch: the spread is at most that of independent draws.
+        assert abs(sum(seen) - len(seen) / 2) < 4 * len(seen) ** 0.5 / 2, (rank, sum(seen), len(seen))
 
 
 @pytest.mark.parametrize("dp", [1, 2])

@@ -5,27 +5,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from data_orders import Recipe, recipes, sampler_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megapoly.data.sampler import ONE, Sampler, Split, StageTarget, permute, permute_all
-
-Recipe = tuple[list[int], list[tuple[int, list[int]]], int]  # slices, stages of (samples, weights), seed
-
-
-def sampler_of(recipe: Recipe) -> Sampler:
-    slices, stages, seed = recipe
-    targets = [StageTarget(n, tuple(Fraction(weight, sum(weights)) for weight in weights)) for n, weights in stages]
-    return Sampler(slices, targets, seed)
-
-
-@st.composite
-def recipes(draw: st.DrawFn, min_stages: int = 1) -> Recipe:
-    m = draw(st.integers(1, 8))
-    weights = st.lists(st.integers(0, 20), min_size=m, max_size=m).filter(any)
-    stages = draw(st.lists(st.tuples(st.integers(1, 300), weights), min_size=min_stages, max_size=5))
-    slices = draw(st.lists(st.integers(1, 40), min_size=m, max_size=m))
-    return slices, stages, draw(st.integers(-(2**70), 2**70))
+from megapoly.data.permutation import permute, permute_all
+from megapoly.data.sampler import Sampler, StageTarget
+from megapoly.data.splits import ONE, Split
 
 
 def worst_deviation(recipe: Recipe) -> Fraction:

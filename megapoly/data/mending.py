@@ -1,0 +1,202 @@
+"""Pairs of .bin/.idx put together, and what can be saved of a damaged one.
+
+Both write under temporary names, bring the bytes to the disk and rename, the index last.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megapoly.data.indexed import CODES
+from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset
+from megapoly.errors import DataError
+
+COPIED_AT_ONCE = 1 << 24
+# Lengths of the sequences, and the first sequence of each document with their number at the end.
+Index = tuple[NDArray[np.integer], NDArray[np.integer]]
+
+
+def _write_index(path: str, dtype: np.dtype, parts: Sequence[Index]) -> None:
+    """The index of some datasets, one after the other, brought to the disk."""
+    sequences, documents = sum(len(lengths) for lengths, _ in parts), sum(len(index) - 1 for _, index in parts)
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, documents + 1))
+        for chunk in _chunks([lengths for lengths, _ in parts]):
+            file.write(chunk.astype("<i4").tobytes())
+        position = 0
+        for chunk in _chunks([lengths for lengths, _ in parts]):
+            ends = position + np.cumsum(chunk, dtype="<i8") * dtype.itemsize
+            file.write(np.append(np.int64(position), ends[:-1]).astype("<i8").tobytes())
+            position = int(ends[-1])
+        first = 0
+        for lengths, index in parts:
+            for chunk in _chunks([index[:-1]]):
+                file.write((chunk.astype("<i8") + first).tobytes())
+            first += len(lengths)
+        file.write(np.array([first], "<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _chunks(arrays: Sequence[NDArray[np.integer]]) -> Iterator[NDArray[np.integer]]:
+    for array in arrays:
+        for begin in range(0, len(array), INDEX_CHUNK):
+            yield array[begin : begin + INDEX_CHUNK]
+
+
+# ------------------------------------------------------------------------------------------------------ merging
+
+
+def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
+    """Write the datasets one after the other as the dataset `output`; returns its (documents, tokens).
+
+    Raises DataError where one is damaged, where they hold different types of ids, or where output is one of them.
+    """
+    if not prefixes:
+        raise DataError("there is nothing to merge: give the prefixes of .bin/.idx pairs")
+    if os.path.realpath(f"{output}.bin") in {os.path.realpath(f"{prefix}.bin") for prefix in prefixes}:
+        raise DataError(f"{output}: is one of the datasets that are merged; give another output prefix")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    for dataset in datasets[1:]:
+        if dataset.dtype != datasets[0].dtype:
+            raise DataError(
+                f"{dataset.bin_path}: holds ids as {dataset.dtype}, but {datasets[0].bin_path} as {datasets[0].dtype}; "
+                "merge datasets of one vocabulary"
+            )
+    parts = [(dataset.lengths, dataset.document_index) for dataset in datasets]
+    temporary = {kind: f"{output}.{kind}.tmp-{os.getpid()}" for kind in ("bin", "idx")}
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary["bin"], "wb") as whole:
+            for dataset in datasets:
+                with open(dataset.bin_path, "rb") as file:
+                    shutil.copyfileobj(file, whole, COPIED_AT_ONCE)
+            size = whole.tell()
+            whole.flush()
+            os.fsync(whole.fileno())
+        expected = sum(dataset.num_tokens * dataset.dtype.itemsize for dataset in datasets)
+        if size != expected:
+            raise DataError(f"{output}: {size} bytes came together instead of {expected}; is a dataset being written?")
+        _write_index(temporary["idx"], datasets[0].dtype, parts)
+        Path(f"{output}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
+        os.replace(temporary["bin"], f"{output}.bin")
+        os.replace(temporary["idx"], f"{output}.idx")
+        _sync_folder(output)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        for path in temporary.values():
+            if os.path.exists(path):
+                os.unlink(path)
+    return sum(dataset.num_documents for dataset in datasets), expected // datasets[0].dtype.itemsize
+
+
+def _sync_folder(prefix: str) -> None:
+    handle = os.open(Path(prefix).parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------------ mending
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What is left of a dataset, and how many bytes of tokens were not part of a whole document."""
+
+    documents: int
+    tokens: int
+    cut_bytes: int
+
+
+def repair(prefix: str, dtype: np.dtype | None = None, eod: int | None = None) -> Mended:
+    """Keep the documents that are whole and cut off what comes after them, in place; done again it changes nothing.
+
+    A damaged or missing end of the index is made again from the lengths that are there. Without any, `dtype` and `eod`
+    (the tokenizer's) tell documents by the tokens that end them. Raises DataError where nothing tells them apart.
+    """
+    bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
+    try:
+        size = os.path.getsize(bin_path)
+        found = _left_of_index(idx_path)
+        if found is None:
+            if dtype is None or eod is None:
+                raise DataError(
+                    f"{idx_path}: tells nothing of the documents in {bin_path}; "
+                    "give the tokenizer, whose end-of-document token does"
+                )
+            lengths = _lengths_by_ends(bin_path, size, dtype, eod)
+            documents: NDArray[np.integer] = np.arange(len(lengths) + 1)
+        else:
+            dtype, lengths, documents = found
+        assert dtype is not None
+        ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+        whole = int(np.searchsorted(ends, size, side="right"))  # sequences that the .bin holds
+        documents = documents[documents <= whole]
+        whole = int(documents[-1])
+        kept = int(ends[whole - 1]) if whole else 0
+        _replace_pair(prefix, dtype, (lengths[:whole], documents), kept)
+    except OSError as error:
+        raise DataError(f"{error.filename or prefix}: cannot be mended: {error.strerror or error}") from None
+    return Mended(len(documents) - 1, kept // dtype.itemsize, size - kept)
+
+
+def _replace_pair(prefix: str, dtype: np.dtype, index: Index, kept: int) -> None:
+    """A kill on the way leaves a pair that is refused, and that is mended by the same call."""
+    temporary = f"{prefix}.idx.tmp-{os.getpid()}"
+    try:
+        _write_index(temporary, dtype, [index])
+        with open(f"{prefix}.bin", "r+b") as file:
+            if os.fstat(file.fileno()).st_size > kept:
+                file.truncate(kept)
+                os.fsync(file.fileno())
+        os.replace(temporary, f"{prefix}.idx")
+        _sync_folder(prefix)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _left_of_index(path: str) -> tuple[np.dtype, NDArray[np.integer], NDArray[np.integer]] | None:
+    """Type, lengths and document index, as far as the file has them and they can be true; None without a header.
+
+    Where the document index is cut off or contradicts itself, every sequence is a document.
+    """
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            return None
+        magic, version, code, sequences, entries = HEADER.unpack(header)
+        if magic != MAGIC or version != VERSION or code not in DTYPES:
+            return None
+        size = os.fstat(file.fileno()).st_size
+    there = min(sequences, (size - HEADER.size) // 4)
+    lengths: NDArray[np.integer] = np.memmap(path, "<i4", "r", HEADER.size, (there,)) if there else np.empty(0, "<i4")
+    negative = np.flatnonzero(lengths < 0)
+    if len(negative):
+        lengths = lengths[: negative[0]]
+    begin = HEADER.size + 12 * sequences
+    documents: NDArray[np.integer] = np.arange(len(lengths) + 1)
+    if entries and len(lengths) == sequences and size == begin + 8 * entries:
+        given = np.memmap(path, "<i8", "r", begin, (entries,))
+        if given[0] == 0 and given[-1] == sequences and not (np.diff(given) < 0).any():
+            documents = given
+    return DTYPES[code], lengths, documents
+
+
+def _lengths_by_ends(path: str, size: int, dtype: np.dtype, eod: int) -> NDArray[np.integer]:
+    """Lengths of the documents that end with eod; what follows the last one is none."""
+    tokens = np.memmap(path, dtype, "r", 0, (size // dtype.itemsize,)) if size >= dtype.itemsize else np.empty(0, dtype)
+    ends = [
+        begin + 1 + np.flatnonzero(tokens[begin : begin + INDEX_CHUNK] == eod)
+        for begin in range(0, len(tokens), INDEX_CHUNK)
+    ]
+    return np.diff(np.concatenate([[0], *ends]))
