@@ -24,7 +24,7 @@ POLYLM = [400, 120, 80, 60, 50, 50, 40, 40, 30, 30, 20, 20, 20, 10, 10, 10, 5, 5
 
 def assert_equal(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == theirs.dtype == np.int64 and (mine == theirs).all()
+        assert mine.dtype == theirs.dtype == np.int64 and mine.tolist() == theirs.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------- the same bits
@@ -39,7 +39,8 @@ def test_both_forms_give_the_same_samples(recipe: Recipe, data: st.DataObject) -
     assert_equal(ours.samples(0, ours.num_samples), twin.samples(0, ours.num_samples))
     begin = data.draw(st.integers(0, ours.num_samples))
     end = data.draw(st.integers(begin, ours.num_samples))
-    assert_equal(ours.samples(begin, end), twin.samples(begin, end))
+    for one in (ours, twin):
+        assert_equal(one.samples(begin, end), ours.samples_at(range(begin, end)))
     numbers = data.draw(st.lists(st.integers(0, ours.num_samples - 1), max_size=40))
     for one in (ours, twin):
         columns = one.samples_at(numbers)
