@@ -192,10 +192,10 @@ def serve(kind: type, case: Case, folder: Path, asked: Connection) -> None:
         asked.send(None)
         while (question := asked.recv()) is not None:
             name, arguments = question
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             getattr(one, name)(*arguments)
-            seconds = time.perf_counter() - begin
-            asked.send((seconds, resident("VmRSS") - before, resident("VmHWM") - before))
+            seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+            asked.send((seconds, cpu, resident("VmRSS") - before, resident("VmHWM") - before))
     except EOFError:  # the process that measures is gone
         sys.exit(1)
     except Exception:  # whatever it is, the process that measures reports it and goes on
@@ -229,8 +229,8 @@ class Contestant:
             raise Failed(answer)
         return answer
 
-    def ask(self, name: str, *arguments: int) -> tuple[float, int, int]:
-        """Seconds, growth of resident memory since the imports, and the most of it."""
+    def ask(self, name: str, *arguments: int) -> tuple[float, float, int, int]:
+        """Seconds, of which on a processor, growth of resident memory since the imports, and the most of it."""
         self._end.send((name, arguments))
         return self._answer()
 
@@ -245,5 +245,5 @@ class Contestant:
 def opened(kind: type, case: Case, folder: Path) -> tuple[Contestant, dict[str, Any]]:
     """A process that has opened the case, and what that took."""
     one = Contestant(kind, case, folder)
-    seconds, growth, most = one.ask("open")
-    return one, {"seconds": seconds, "mb": growth / 1e6, "peak_mb": most / 1e6}
+    seconds, cpu, growth, most = one.ask("open")
+    return one, {"seconds": seconds, "cpu_seconds": cpu, "mb": growth / 1e6, "peak_mb": most / 1e6}

@@ -193,10 +193,10 @@ def test_opening_costs_nothing_for_a_large_index(tmp_path: Path) -> None:
             file.write(struct.pack(layout, value))
     with open(tmp_path / "a.bin", "wb") as file:
         file.truncate(2 * length * n)
-    start = time.perf_counter()
+    start = time.process_time()
     stream = TokenStream([str(tmp_path / "a")], 50000)
     stream.check_vocab(50000)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
     assert stream.num_tokens == n * length
     assert stream.read(n * length - 3, n * length).tolist() == [0, 0, 0]
     with pytest.raises(DataError, match="sequence 1 at byte 0"):

@@ -24,7 +24,7 @@ POLYLM = [400, 120, 80, 60, 50, 50, 40, 40, 30, 30, 20, 20, 20, 10, 10, 10, 5, 5
 
 def assert_equal(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == theirs.dtype == np.int64 and (mine == theirs).all()
+        assert mine.dtype == theirs.dtype == np.int64 and mine.tolist() == theirs.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------- the same bits
@@ -39,7 +39,8 @@ def test_both_forms_give_the_same_samples(recipe: Recipe, data: st.DataObject) -
     assert_equal(ours.samples(0, ours.num_samples), twin.samples(0, ours.num_samples))
     begin = data.draw(st.integers(0, ours.num_samples))
     end = data.draw(st.integers(begin, ours.num_samples))
-    assert_equal(ours.samples(begin, end), twin.samples(begin, end))
+    for one in (ours, twin):
+        assert_equal(one.samples(begin, end), ours.samples_at(range(begin, end)))
     numbers = data.draw(st.lists(st.integers(0, ours.num_samples - 1), max_size=40))
     for one in (ours, twin):
         columns = one.samples_at(numbers)
@@ -106,10 +107,10 @@ def test_many_small_stages_are_the_twins_and_open_at_once() -> None:
     stages = [(int(rng.integers(1, 6000)), rng.integers(1, 10**6, 100).tolist()) for _ in range(300)]
     recipe = ([1000] * 100, stages, 9)
     twin = sampler_of(recipe, native=False)
-    start = time.perf_counter()
+    start = time.process_time()
     ours = Sampler(twin.slices, twin.targets, 9, native=True)
     ours.samples(0, 1)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     for begin in (0, ours.num_samples // 2, ours.num_samples - 20_000):
         assert_equal(ours.samples(begin, begin + 20_000), twin.samples(begin, begin + 20_000))
     assert seconds < 1
@@ -121,9 +122,9 @@ def test_a_sample_of_a_batch_takes_less_than_a_microsecond() -> None:
     ours.samples(0, 1)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         ours.samples(10**12 - 50_000, 10**12 + 50_000)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 100_000 * 1e-6
 
 

@@ -212,9 +212,9 @@ def test_the_order_is_the_same_in_every_version() -> None:
 def test_a_hundred_thousand_samples_take_well_below_a_second() -> None:
     weights = [400, 120, 80, 60, 50, 50, 40, 40, 30, 30, 20, 20, 20, 10, 10, 10, 5, 5]
     sampler = sampler_of(([12345] * 18, [(10**6, weights), (10**6, weights[::-1])], 3))
-    start = time.perf_counter()
+    start = time.process_time()
     sampler.samples(950_000, 1_050_000)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_numbers_beyond_the_plan_are_refused() -> None:
