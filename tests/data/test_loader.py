@@ -16,6 +16,7 @@ from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, PlanStage, make_plan, open_sources
 from megapoly.data.indexed import TokenStream
 from megapoly.data.loader import Deal, TrainLoader, ValidLoader
+from megapoly.data.shares import ShareStep
 from megapoly.sections import CurriculumConfig, Stage
 
 
@@ -115,7 +116,8 @@ def test_a_mixture_that_takes_turns_reaches_every_rank_in_equal_parts(
 ) -> None:
     # Megatron-LM's ranks take fixed places: of two sources at 1/2 each, every other rank would see one source only.
     plan, streams = data
-    half = PlanStage("even", 0, first + 8 * 500, (Fraction(1, 2), Fraction(1, 2)))
+    end = first + 8 * 500
+    half = PlanStage("even", 0, end, (ShareStep(end, (Fraction(1, 2), Fraction(1, 2))),), plan.block_length)
     even = dataclasses.replace(plan, stages=(half,))
     sources = even.sampler().samples(first, first + 8)[0].tolist()
     assert sources in ([0, 1] * 4, [1, 0] * 4)  # the aliasing is there to be avoided
