@@ -51,8 +51,7 @@ class LibraryEncoder:
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Ids:
         # An array for each text: a list of Python's numbers takes ten times the memory.
         found = [np.array(self._encode(text), dtype=np.int32) for text in texts]
-        lengths = np.array([len(ids) for ids in found], dtype=np.int64)
-        return (np.concatenate(found) if found else np.empty(0, np.int32)), lengths
+        return _join(found, np.int32)
 
 
 class GigatokenEncoder:
@@ -81,23 +80,14 @@ class GigatokenEncoder:
         self._encoded, self._looked_at, self._resident_at_first = 0, 0, 0
 
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Ids:
-        lengths = np.zeros(len(texts), dtype=np.int64)
-        if not texts:
-            return np.empty(0, np.uint32), lengths
         self._forget()
         self._encoded += sum(map(len, utf8))
-        others = [i for i, text in enumerate(texts) if any(word in text for word in self.unlike)]
-        layout = self._backend.encode_batch(list(utf8), parallel=False).layout
-        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-        lengths = np.diff(offsets)
-        if others:
-            parts = np.split(ids, np.cumsum(lengths)[:-1])
-            for i in others:
-                parts[i] = self._library.encode([texts[i]], [utf8[i]])[0]
-                lengths[i] = len(parts[i])
-            ids = np.concatenate(parts)
-        return ids, lengths
+        # Not encode_batch: its answer needs awkward, which imports all of pyarrow where that is installed.
+        found = [self._backend.encode(text) for text in utf8]
+        for i, text in enumerate(texts) if self.unlike else ():
+            if any(word in text for word in self.unlike):
+                found[i] = self._library.encode([text], [utf8[i]])[0]
+        return _join(found, np.uint32)
 
     def _forget(self) -> None:
         """Begin with an empty memory of words where the process has grown by CACHE_BYTES."""
@@ -151,9 +141,14 @@ def spot_check(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], ids
         raise TokenizerError(f"gigatoken gives other ids than {own} for {texts[i][:60]!r}; give {own} as backend")
 
 
+def _join(parts: Sequence[npt.NDArray[np.integer]], dtype: type[np.integer]) -> Ids:
+    lengths = np.array([len(ids) for ids in parts], dtype=np.int64)
+    return (np.concatenate(parts) if parts else np.empty(0, dtype)), lengths
+
+
 def _why_not(tokenizer: Tokenizer, sample: Sequence[str]) -> str | tuple[str, ...]:
     """Why gigatoken cannot serve; where it can, the special tokens that it reads otherwise when a text spells them."""
-    if any(importlib.util.find_spec(name) is None for name in ("gigatoken", "awkward")):
+    if importlib.util.find_spec("gigatoken") is None:
         return "it is not installed (pip install 'megapoly[fast]')"
     try:
         encoder = GigatokenEncoder(tokenizer)
