@@ -5,10 +5,11 @@
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
 # make bench-host                             host cost, CPU tokens/s and memory beside transformers; needs no GPU
+# make bench-data                             preprocess_data.py beside bare libraries and megatron-core; needs no GPU
 # make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
 # make bench-tune [FLAGS="--head-dim 64"]     tile sizes of attention's kernels, tried out on this GPU
 # make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
-# (these six use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
+# (these seven use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -19,7 +20,7 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test test-parity check install bench bench-step bench-host bench-record bench-tune kernels-report clean
+.PHONY: pretrain test test-parity check install bench bench-step bench-host bench-data bench-record bench-tune kernels-report clean
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
@@ -49,6 +50,9 @@ bench-step:
 
 bench-host:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/host.py $(FLAGS)
+
+bench-data:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/preprocess.py $(FLAGS)
 
 bench-record:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)
