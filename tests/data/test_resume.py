@@ -204,6 +204,27 @@ def test_nothing_has_its_name_before_it_is_on_the_disk(
         assert str(tmp_path / f"{seed}" / "p.partial" / "text.lengths") in synced
 
 
+def test_an_older_index_never_meets_new_tokens(tmp_path: Path, model: str, inputs: list[str]) -> None:
+    folder = tmp_path / "k"
+    run(inputs[:1], folder, model)
+    replace = os.replace
+
+    def work() -> None:
+        def killed(old: Any, new: Any) -> None:
+            if str(new).endswith("p_text_document.idx"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+
+        os.replace = killed  # type: ignore[assignment]
+        run(inputs, folder, model)
+
+    assert in_child(work) == -signal.SIGKILL
+    assert (folder / "p_text_document.bin").exists() and not (folder / "p_text_document.idx").exists()
+    run(inputs, folder, model)
+    run(inputs, tmp_path / "whole", model)
+    assert content(folder) == content(tmp_path / "whole")
+
+
 def interrupt(inputs: list[str], folder: Path, model: str, event: int = 12, **changes: Any) -> None:
     folder.mkdir(exist_ok=True)
 
