@@ -5,16 +5,17 @@
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
 # make bench-host                             host cost, CPU tokens/s and memory beside transformers; needs no GPU
-# make bench-data                             opening a data set, the order, reading it; beside megatron-core; needs no GPU
+# make bench-data                             a data set opened, ordered, read; preprocessing; beside megatron-core; no GPU
 # make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
 # make bench-tune [FLAGS="--head-dim 64"]     tile sizes of attention's kernels, tried out on this GPU
 # make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
-# (these seven use PYTHON as it is and install nothing; FLAGS=.. reaches the script)
+# (these seven use PYTHON as it is and install nothing; FLAGS=.. reaches the script; TEXT_FLAGS=.. the part of bench-data on text)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
 DATA ?=
 FLAGS ?=
+TEXT_FLAGS ?=
 BIN := .venv/bin
 # A host whose Python has a CUDA build of torch >= 2.11 keeps it; anywhere else constraints.txt decides.
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
@@ -53,7 +54,8 @@ bench-host:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/host.py $(FLAGS)
 
 bench-data:
-	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/data.py $(FLAGS)
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/data.py $(FLAGS); status=$$?; \
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/preprocess.py $(TEXT_FLAGS) && exit $$status
 
 bench-record:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)

@@ -49,11 +49,26 @@ setup(
         "tensorboard>=2.18",
         "tokenizers>=0.22",
         "py3langid>=0.4",
+        "tqdm",
         "zstandard",
     ],
     extras_require={
         "hf": ["transformers>=5"],
         "plot": ["matplotlib>=3.9"],
-        "test": ["hypothesis", "matplotlib>=3.9", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "parquet": ["pyarrow>=20"],
+        "fast": ["gigatoken==0.10.0"],  # its ids are verified, its inner functions are used: one version
+        "test": [
+            *("gigatoken==0.10.0", "pyarrow>=20"),
+            *(
+                "hypothesis",
+                "matplotlib>=3.9",
+                "mypy",
+                "pytest",
+                "pytest-timeout",
+                "ruff",
+                "types-PyYAML",
+                "types-tqdm",
+            ),
+        ],
     },
 )

@@ -5,22 +5,22 @@
 then the sequences' lengths (int32), their byte offsets (int64) and the document index (int64, from 0 to n sequences).
 """
 
-import array
+import io
 import itertools
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset, check_ids
+from megapoly.data.reader import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, check_ids
 from megapoly.errors import DataError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+WRITE_CHUNK = 1 << 18  # entries of the index that are written at once
 FULL_SCAN_BYTES = 64 << 20
 EDGE_SCAN_BYTES = 1 << 16
 
@@ -33,23 +33,26 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexedDatasetWriter:
     """Writes PREFIX.bin / PREFIX.idx, one sequence a document; nothing carries those names before `finalize`.
 
-    Used as a context manager it removes its temporary files unless `finalize` was reached.
+    Used as a context manager it removes its temporary files unless `finalize` was reached. Memory does not grow with
+    the documents. With `spool` the temporary files are SPOOL.bin, SPOOL.lengths and SPOOL.idx and stay where they are
+    on an error; `resume_at` (documents, tokens), as `sync` returned it, goes on behind those that are there already.
     """
 
-    def __init__(self, prefix: str, vocab_size: int) -> None:
+    def __init__(
+        self, prefix: str, vocab_size: int, spool: str | None = None, resume_at: tuple[int, int] = (0, 0)
+    ) -> None:
         self.prefix, self.vocab_size, self.dtype = prefix, vocab_size, token_dtype(vocab_size)
-        self.num_tokens = 0
-        self._lengths = array.array("i")
-        self._temporary = {kind: f"{prefix}.{kind}.tmp-{os.getpid()}" for kind in ("bin", "idx")}
+        self.num_documents, self.num_tokens = resume_at
+        self._is_kept = spool is not None
+        kinds = ("bin", "lengths", "idx")
+        mark = f".tmp-{os.getpid()}"
+        self.temporary = {kind: f"{spool}.{kind}" if spool else f"{prefix}.{kind}{mark}" for kind in kinds}
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._temporary["bin"], "wb")  # noqa: SIM115  closed by finalize or discard
+            self._bin = _open_at(self.temporary["bin"], self.num_tokens * self.dtype.itemsize)
+            self._lengths = _open_at(self.temporary["lengths"], 4 * self.num_documents)
         except OSError as error:
             raise DataError(f"{prefix}: cannot be written: {error.strerror or error}") from None
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._lengths)
 
     def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Append one document; an empty one is not written. Raises DataError for an id outside of the vocabulary."""
@@ -62,37 +65,57 @@ class IndexedDatasetWriter:
         if not len(tokens):
             return
         check_ids(tokens, self.vocab_size, self.prefix, self.num_tokens)
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._lengths.frombytes(lengths[lengths > 0].astype(np.intc).tobytes())
+        filled = lengths[lengths > 0]
+        _write(self._bin, np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        _write(self._lengths, filled.astype("<i4").data)
+        self.num_documents += len(filled)
         self.num_tokens += len(tokens)
 
+    def sync(self) -> tuple[int, int]:
+        """Bring all that was added to the disk; returns (documents, tokens)."""
+        for file in (self._bin, self._lengths):
+            os.fsync(file.fileno())
+        return self.num_documents, self.num_tokens
+
     def finalize(self) -> None:
-        """Flush to the disk and give both files their names, the index last."""
-        _sync_and_close(self._bin)
-        n = len(self._lengths)
-        lengths = np.frombuffer(self._lengths, dtype=np.intc)
-        index = open(self._temporary["idx"], "wb")  # noqa: SIM115
-        with index:
-            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
-            index.write(lengths.astype("<i4").tobytes())
+        """Bring everything to the disk and give both files their names, the index last."""
+        self.prepare()
+        self.publish()
+
+    def prepare(self) -> None:
+        """Write the index and bring all to the disk, under temporary names."""
+        self.sync()
+        self.close()
+        n = self.num_documents
+        index = open(self.temporary["idx"], "wb", buffering=0)  # noqa: SIM115  closed with its contents on the disk
+        with index, open(self.temporary["lengths"], "rb") as file:
+            _write(index, HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
+            while piece := file.read(4 * WRITE_CHUNK):
+                _write(index, piece)
+            file.seek(0)
             offset = 0
-            for begin in range(0, n, INDEX_CHUNK):
-                sizes = lengths[begin : begin + INDEX_CHUNK].astype("<i8") * self.dtype.itemsize
-                ends = offset + np.cumsum(sizes)
-                index.write((ends - sizes).astype("<i8").tobytes())
+            while piece := file.read(4 * WRITE_CHUNK):
+                ends = offset + np.cumsum(np.frombuffer(piece, "<i4"), dtype="<i8") * self.dtype.itemsize
+                starts = np.concatenate([np.array([offset], "<i8"), ends[:-1]])
+                _write(index, starts.data)
                 offset = int(ends[-1])
-            for begin in range(0, n + 1, INDEX_CHUNK):
-                index.write(np.arange(begin, min(begin + INDEX_CHUNK, n + 1), dtype="<i8").tobytes())
-            _sync_and_close(index)
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
-        os.replace(self._temporary["bin"], f"{self.prefix}.bin")
-        os.replace(self._temporary["idx"], f"{self.prefix}.idx")
-        _sync_directory(Path(self.prefix).parent)
+            for begin in range(0, n + 1, WRITE_CHUNK):
+                _write(index, np.arange(begin, min(begin + WRITE_CHUNK, n + 1), dtype="<i8").data)
+            os.fsync(index.fileno())
+
+    def publish(self) -> None:
+        """Rename what `prepare` wrote; called again after a kill it goes on where that one ended."""
+        publish(self.prefix, self.temporary)
+
+    def close(self) -> None:
+        """Close the files and leave them."""
+        self._bin.close()
+        self._lengths.close()
 
     def discard(self) -> None:
         """Remove what was written; after `finalize` this does nothing."""
-        self._bin.close()
-        for path in self._temporary.values():
+        self.close()
+        for path in self.temporary.values():
             Path(path).unlink(missing_ok=True)
 
     def __enter__(self) -> "IndexedDatasetWriter":
@@ -101,7 +124,22 @@ class IndexedDatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.discard()
+        if self._is_kept:
+            self.close()
+        else:
+            self.discard()
+
+
+def publish(prefix: str, temporary: Mapping[str, str]) -> None:
+    """Give the files of a prepared dataset their names, the index last; done again it changes nothing."""
+    if os.path.exists(temporary["bin"]):
+        Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
+        os.replace(temporary["bin"], f"{prefix}.bin")
+    if os.path.exists(temporary["idx"]):
+        _sync_directory(Path(prefix).parent)  # the tokens' name reaches the disk before the index's
+        os.replace(temporary["idx"], f"{prefix}.idx")
+    Path(temporary["lengths"]).unlink(missing_ok=True)
+    _sync_directory(Path(prefix).parent)
 
 
 class TokenStream:
@@ -150,10 +188,24 @@ class TokenStream:
                 check_ids(dataset.tokens(begin, min(n, begin + edge)), vocab_size, dataset.bin_path, begin)
 
 
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def _open_at(path: str, size: int) -> io.FileIO:
+    """A file to write behind its first `size` bytes, unbuffered: no byte is left to fail when it is closed."""
+    if not size:
+        return open(path, "wb", buffering=0)
+    file = open(path, "r+b", buffering=0)  # noqa: SIM115  for the writer to close
+    found = os.fstat(file.fileno()).st_size
+    if found < size:
+        file.close()
+        raise DataError(f"{path}: has {found} bytes where {size} were written; begin anew with --restart")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _write(file: io.FileIO, content: bytes | memoryview) -> None:
+    left = memoryview(content).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,318 +1,106 @@
-"""JSONL to token files: lines are read as a stream, encoded by worker processes and written in input order."""
+"""Text to token files: read as a stream, encoded by worker processes, written in order, resumable after a kill."""
 
-import gzip
 import hashlib
-import io
-import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import zstandard
 
-from megapoly.data.indexed import IndexedDatasetWriter, token_dtype
+from megapoly.data.documents import BadLine, documents_of, identity, is_held_out, read_documents
+from megapoly.data.encode import Batch, Job, encode_chunks
+from megapoly.data.indexed import IndexedDatasetWriter, publish, token_dtype
+from megapoly.data.progress import Progress
+from megapoly.data.resume import Workspace, only_writer
+from megapoly.data.shuffle import shuffle_documents
+from megapoly.data.summary import Counts, Summary, merge_counts
+from megapoly.data.text_input import (
+    MAX_EXPANSION,
+    MAX_LINE_BYTES,
+    Limits,
+    Position,
+    Wanted,
+    describe_input,
+    expand_inputs,
+    read_chunks,
+    read_lines,
+)
 from megapoly.errors import DataError
-from megapoly.tokenizer.load import Tokenizer, load_tokenizer
+from megapoly.tokenizer.batch import choose_backend
+from megapoly.tokenizer.load import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
-BATCH_LINES = 512
-BATCH_BYTES = 1 << 20
-BATCHES_IN_FLIGHT = 4  # per worker: bounds memory where reading outruns encoding
-MAX_LINE_BYTES = 256 << 20
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+__all__ = ["Summary", "identity", "is_held_out", "preprocess", "read_documents", "read_lines"]
 
-
-class BadLine(Exception):
-    """A line that is no document; `kind` groups them in the report."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass
-class Summary:
-    """What was written: documents and tokens of both sides, bytes of text, and bad lines by kind."""
-
-    documents: int = 0
-    held_out: int = 0
-    empty: int = 0
-    tokens: int = 0
-    held_out_tokens: int = 0
-    text_bytes: int = 0
-    seconds: float = 0.0
-    bad_lines: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        tokens = self.tokens + self.held_out_tokens
-        ratio = self.text_bytes / tokens if tokens else 0.0
-        parts = [
-            f"{self.documents + self.held_out} documents ({self.held_out} held out, {self.empty} empty left out)",
-            f"{tokens} tokens",
-            f"{ratio:.2f} bytes per token",
-            f"{self.text_bytes / 1e6 / max(self.seconds, 1e-9):.2f} MB/s",
-            f"{sum(self.bad_lines.values())} bad lines",
-        ]
-        kinds = [f"{kind}: {count}" for kind, count in sorted(self.bad_lines.items())]
-        return ", ".join(parts) + (f" ({', '.join(kinds)})" if kinds else "")
-
-
-# ------------------------------------------------------------------------------------------------- reading lines
-
-
-class _ZstdFile(io.RawIOBase):
-    """Frames of Zstandard one after the other; unlike the library's own reader it notices a truncated last frame."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._pending = file, memoryview(b"")
-        self._decoder: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            at_border = self._decoder is None or self._decoder.eof
-            compressed = self._decoder.unused_data if self._decoder and at_border else b""
-            # Small pieces: a few bytes of a frame may stand for megabytes of text.
-            compressed = compressed or self._file.read(4096)
-            if not compressed:
-                if not at_border:
-                    raise EOFError("the last frame has no end")
-                return 0
-            if at_border:
-                self._decoder = zstandard.ZstdDecompressor().decompressobj()
-            self._pending = memoryview(self._decoder.decompress(compressed))
-        n = min(len(buffer), len(self._pending))
-        buffer[:n], self._pending = self._pending[:n], self._pending[n:]
-        return n
-
-
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a text file, `.gz` or `.zst`; blank lines are left out.
-
-    Raises DataError for a file that is missing, damaged or truncated, and for a line over 256 MiB.
-    """
-    number = 0
-    try:
-        with ExitStack() as stack:
-            file: Any = stack.enter_context(open(path, "rb"))
-            if path.endswith(".gz"):
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif path.endswith(".zst"):
-                file = stack.enter_context(io.BufferedReader(_ZstdFile(file), 1 << 16))
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{path}, line {number}: is over {MAX_LINE_BYTES >> 20} MiB long; split it")
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except _DAMAGE as error:
-        raise DataError(f"{path}: damaged or truncated after line {number} ({error}); fetch it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; check --input") from None
-
-
-def parse_document(line: bytes, keys: Sequence[str]) -> dict[str, Any]:
-    """One line of JSONL as an object whose `keys` hold text; raises BadLine."""
-    try:
-        document = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLine("invalid UTF-8", f"invalid UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise BadLine("malformed JSON", f"malformed JSON ({error}); each line must be one object") from None
-    if not isinstance(document, dict):
-        raise BadLine("wrong type", f"holds a JSON {type(document).__name__}, not an object")
-    for key in keys:
-        if key not in document:
-            raise BadLine("missing key", f"key '{key}' is missing; the line has {sorted(document)[:8]}")
-        if not isinstance(document[key], str):
-            raise BadLine("wrong type", f"key '{key}' holds a {type(document[key]).__name__}, not a string")
-        try:
-            document[key].encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadLine("invalid UTF-8", f"key '{key}' holds half of a surrogate pair, which is no text") from None
-    return document
-
-
-def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str, Any]]:
-    """All documents of JSONL files, one after the other; raises DataError that names file and line of a bad one."""
-    for path in paths:
-        for number, line in read_lines(path):
-            try:
-                yield parse_document(line, [key])
-            except BadLine as bad:
-                raise DataError(f"{path}, line {number}: {bad}") from None
-
-
-def identity(document: dict[str, Any], key: str = "text") -> str:
-    """What decides a document's side: its `id`, which translations share, else its text."""
-    return str(document["id"]) if document.get("id") is not None else str(document[key])
-
-
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether a document of this identity is held out: the same on every machine and in every run."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-# ------------------------------------------------------------------------------------------------- encoding
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker needs to know; small, as it is sent to each process once."""
-
-    tokenizer_type: str
-    tokenizer_model: str
-    append_eod: bool
-    json_keys: tuple[str, ...]
-    valid_fraction: float
-    skip_bad_lines: bool
-
-
-@dataclass
-class _Batch:
-    """Encoded lines: for each key the ids back to back, the length of each document, and which are held out."""
-
-    tokens: dict[str, npt.NDArray[np.integer]]
-    lengths: dict[str, npt.NDArray[np.int64]]
-    held_out: npt.NDArray[np.bool_]
-    text_bytes: int
-    bad_lines: Counter[str]
-    error: str | None
-
-
-Lines = tuple[str, list[tuple[int, bytes]]]
-_worker: tuple[_Job, Tokenizer] | None = None
-
-
-def _encode(job: _Job, tokenizer: Tokenizer, lines: Lines) -> _Batch:
-    path, numbered = lines
-    ids: dict[str, list[int]] = {key: [] for key in job.json_keys}
-    lengths: dict[str, list[int]] = {key: [] for key in job.json_keys}
-    held_out: list[bool] = []
-    bad_lines: Counter[str] = Counter()
-    text_bytes, error = 0, None
-    for number, line in numbered:
-        try:
-            document = parse_document(line, job.json_keys)
-        except BadLine as bad:
-            bad_lines[bad.kind] += 1
-            if not job.skip_bad_lines:
-                error = f"{path}, line {number}: {bad}; or give --on-bad-line skip"
-                break
-            continue
-        held_out.append(is_held_out(identity(document, job.json_keys[0]), job.valid_fraction))
-        for key in job.json_keys:
-            encoded = tokenizer.encode(document[key])
-            if encoded and job.append_eod:
-                encoded.append(tokenizer.eod)
-            ids[key] += encoded
-            lengths[key].append(len(encoded))
-            text_bytes += len(document[key].encode())
-    tokens = {key: np.array(value, dtype=token_dtype(tokenizer.vocab_size)) for key, value in ids.items()}
-    sizes = {key: np.array(value, dtype=np.int64) for key, value in lengths.items()}
-    return _Batch(tokens, sizes, np.array(held_out, dtype=bool), text_bytes, bad_lines, error)
-
-
-def _start_worker(job: _Job) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    _worker = (job, load_tokenizer(job.tokenizer_type, job.tokenizer_model))
-
-
-def _encode_in_worker(lines: Lines) -> _Batch:
-    assert _worker is not None
-    return _encode(*_worker, lines)
-
-
-def _line_batches(inputs: Iterable[str]) -> Iterator[Lines]:
-    for path in inputs:
-        lines: list[tuple[int, bytes]] = []
-        size = 0
-        for number, line in read_lines(path):
-            lines.append((number, line))
-            size += len(line)
-            if len(lines) >= BATCH_LINES or size >= BATCH_BYTES:
-                yield path, lines
-                lines, size = [], 0
-        if lines:
-            yield path, lines
-
-
-def _encoded_batches(
-    job: _Job, tokenizer: Tokenizer, inputs: Sequence[str], workers: int
-) -> Generator[_Batch, None, None]:
-    """Batches in the order of the input; at most BATCHES_IN_FLIGHT x workers of them exist at once."""
-    if workers == 1:
-        yield from (_encode(job, tokenizer, lines) for lines in _line_batches(inputs))
-        return
-    # spawn: a forked child would inherit the threads' locks of whoever calls this.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
-    pending: deque[Future[_Batch]] = deque()
-    try:
-        for lines in _line_batches(inputs):
-            pending.append(pool.submit(_encode_in_worker, lines))
-            if len(pending) >= BATCHES_IN_FLIGHT * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenExecutor:
-        raise DataError("a worker process died, often for want of memory; give fewer --workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# ------------------------------------------------------------------------------------------------- the whole
+CHECKPOINT_SECONDS = 15.0
+SAMPLE_FILES = 16
+SAMPLE_CHARACTERS = 16_000  # of each file: by these a fast tokenizer is compared with the exact one
 
 
 class _Outputs:
-    """The writers of one key: of training text and, where a fraction was asked for, of held-out text."""
+    """The writers of all keys: of training text and, where a fraction was asked for, of held-out text."""
 
-    def __init__(self, stack: ExitStack, job: _Job, prefix: str, key: str, vocab_size: int) -> None:
-        self.train = stack.enter_context(IndexedDatasetWriter(f"{prefix}_{key}_document", vocab_size))
-        self.valid: IndexedDatasetWriter | None = None
-        if job.valid_fraction:
-            self.valid = stack.enter_context(IndexedDatasetWriter(f"{prefix}_valid_{key}_document", vocab_size))
+    def __init__(self, stack: ExitStack, run: "_Run", vocab_size: int, state: dict[str, Any] | None) -> None:
+        sizes = state["outputs"] if state else {}
+        self.writers = {
+            name: stack.enter_context(
+                IndexedDatasetWriter(
+                    run.output(name),
+                    vocab_size,
+                    str(run.workspace.folder / name),
+                    tuple(sizes.get(name, (0, 0))),
+                )
+            )
+            for name in run.names
+        }
 
-    def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64], held_out: npt.NDArray[Any]) -> None:
-        if self.valid is None:
-            self.train.add_documents(tokens, lengths)
-            return
-        mask = np.repeat(held_out, lengths)
-        self.train.add_documents(tokens[~mask], lengths[~held_out])
-        self.valid.add_documents(tokens[mask], lengths[held_out])
+    def add(self, batch: Batch, valid_fraction: float) -> None:
+        for key, tokens in batch.tokens.items():
+            lengths = batch.lengths[key]
+            if not valid_fraction:
+                self.writers[key].add_documents(tokens, lengths)
+                continue
+            mask = np.repeat(batch.held_out, lengths)
+            self.writers[key].add_documents(tokens[~mask], lengths[~batch.held_out])
+            self.writers[f"valid_{key}"].add_documents(tokens[mask], lengths[batch.held_out])
 
-    def finalize(self) -> None:
-        """An empty held-out side leaves no files, nor those of an earlier run, which would belong to other text."""
-        self.train.finalize()
-        if self.valid is not None and self.valid.num_documents:
-            self.valid.finalize()
-        elif self.valid is not None:
-            Path(f"{self.valid.prefix}.idx").unlink(missing_ok=True)
-            Path(f"{self.valid.prefix}.bin").unlink(missing_ok=True)
+    def sync(self) -> dict[str, tuple[int, int]]:
+        return {name: writer.sync() for name, writer in self.writers.items()}
+
+
+@dataclass
+class _Run:
+    """What stays the same from the start to the end of a run, and of those that go on with it."""
+
+    prefix: str
+    inputs: list[str]
+    names: list[str]
+    workspace: Workspace
+    options: dict[str, Any]
+    described: list[dict[str, Any]]
+    valid_fraction: float
+    shuffle_seed: int | None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+    def output(self, name: str) -> str:
+        """The prefix of the dataset of a key."""
+        return f"{self.prefix}_{name}_document"
+
+    def stem(self, name: str) -> str:
+        """Where its files lie until they have their names."""
+        stem = str(self.workspace.folder / name)
+        return stem if self.shuffle_seed is None else f"{stem}.shuffled"
+
+    def state(self, phase: str, position: Position, outputs: Any, summary: Summary) -> dict[str, Any]:
+        counted = {"languages": {name: asdict(c) for name, c in summary.languages.items()}}
+        return {
+            "options": self.options, "inputs": self.described, "phase": phase, "position": asdict(position),
+            "outputs": outputs, "summary": counted | {"bad_lines": dict(summary.bad_lines)},
+        }  # fmt: skip
 
 
 def preprocess(
@@ -322,48 +110,176 @@ def preprocess(
     tokenizer_model: str,
     *,
     append_eod: bool = False,
+    include_special_tokens: bool = False,
     workers: int = 1,
     json_keys: Sequence[str] = ("text",),
+    language_key: str = "lang",
     on_bad_line: str = "error",
     valid_fraction: float = 0.0,
+    shuffle_seed: int | None = None,
+    tokenizer_backend: str = "auto",
+    max_line_bytes: int = MAX_LINE_BYTES,
+    max_expansion: float = MAX_EXPANSION,
+    restart: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     log_interval: int = 10000,
     log: Callable[[str], None] = print,
+    bar: bool = False,
 ) -> Summary:
-    """Encode JSONL files into `{output_prefix}_{key}_document.bin/.idx`, byte for byte as Megatron-LM writes them.
+    """Encode text into `{output_prefix}_{key}_document.bin/.idx`, byte for byte as Megatron-LM writes them.
 
-    Documents keep the order of the input; empty ones are left out. With `valid_fraction` the documents whose hash of
-    `id` (else of the text) falls below it go to `{output_prefix}_valid_{key}_document`. `log_interval` is in documents.
+    Inputs are JSONL (plain, .gz, .zst) and Parquet files and patterns. Documents keep the order of the input, or have
+    the order of `shuffle_seed`; empty ones are left out. With `valid_fraction` the documents whose hash of `id` (else
+    of the text) falls below it go to `{output_prefix}_valid_{key}_document`. What a killed run wrote up to its last
+    checkpoint waits in `{output_prefix}.partial` and the same call goes on with it. `log_interval` is in documents.
     Raises DataError, before any output has its name, for unreadable input, a bad line (`on_bad_line` "error"; "skip"
-    counts them), no documents, a dead worker or a full disk.
+    counts them), no documents, a dead worker, a full disk, a second writer, and inputs or options that have changed.
     """
+    wanted = Wanted(tuple(json_keys), language_key, on_bad_line == "skip", Limits(max_line_bytes, max_expansion))
+    _check_options(workers, valid_fraction, on_bad_line, wanted)
+    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+    frame = _frame(tokenizer, include_special_tokens, append_eod)
+    run = _plan(inputs, output_prefix, tokenizer, wanted, frame, valid_fraction, shuffle_seed)
+    run.checkpoint_seconds = checkpoint_seconds
+    total = sum(item["bytes"] for item in run.described)
+    try:
+        Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+        with only_writer([run.output(name) for name in run.names]):
+            state = run.workspace.begin(run.options, run.described, restart)
+            try:
+                backend, unlike, why = choose_backend(tokenizer_backend, tokenizer, _sample(run.inputs, wanted))
+                job = Job(tokenizer_type, tokenizer_model, backend, unlike, *frame, valid_fraction, wanted)
+                with Progress(total, log_interval, log, bar) as progress:
+                    progress.say(f"tokenizing by {backend}" + (f"; not by gigatoken: {why}" if why else ""))
+                    return _carry_out(run, job, tokenizer, workers, state, progress)
+            finally:
+                if not run.workspace.is_resumable:
+                    run.workspace.remove()
+    except OSError as error:
+        raise DataError(f"{output_prefix}: cannot be written: {error.strerror or error}") from None
+
+
+def _plan(
+    inputs: Sequence[str],
+    prefix: str,
+    tokenizer: Tokenizer,
+    wanted: Wanted,
+    frame: tuple[tuple[int, ...], tuple[int, ...]],
+    valid_fraction: float,
+    shuffle_seed: int | None,
+) -> _Run:
+    paths = expand_inputs(inputs)
+    names = [*wanted.keys, *(f"valid_{key}" for key in wanted.keys if valid_fraction)]
+    options = {
+        "tokenizer_type": tokenizer.tokenizer_type, "tokenizer": _digest(tokenizer), "before": list(frame[0]),
+        "after": list(frame[1]), "json_keys": list(wanted.keys), "language_key": wanted.language_key,
+        "valid_fraction": valid_fraction, "shuffle_seed": shuffle_seed,
+    }  # fmt: skip
+    described = [describe_input(path) for path in paths]
+    return _Run(prefix, paths, names, Workspace(prefix), options, described, valid_fraction, shuffle_seed)
+
+
+def _carry_out(
+    run: _Run, job: Job, tokenizer: Tokenizer, workers: int, state: dict[str, Any] | None, progress: Progress
+) -> Summary:
+    """Encode, shuffle, publish; each from where an earlier process ended."""
+    summary = _summary(state)
+    summary.backend = job.backend
+    begin, phase, before = time.monotonic(), state["phase"] if state else "encode", summary.text_bytes
+    if state:
+        done = summary.all
+        progress.say(f"going on behind {done.documents + done.held_out} documents of an interrupted run ({phase})")
+    if phase == "encode":
+        state = _encode_all(run, job, tokenizer, workers, state, summary, progress)
+        phase = str(state["phase"])
+    assert state is not None
+    if phase == "shuffle":
+        assert run.shuffle_seed is not None
+        progress.say("shuffling the documents")
+        itemsize = token_dtype(tokenizer.vocab_size).itemsize
+        for name in run.names:
+            shuffle_documents(str(run.workspace.folder / name), itemsize, run.shuffle_seed)
+        state = state | {"phase": "index"}
+        run.workspace.save(state)
+    if state["phase"] == "index":
+        for name in run.names:
+            _prepare(run, tokenizer, name, state["outputs"][name])
+        state = state | {"phase": "publish"}
+        run.workspace.save(state)
+    for name in run.names:
+        _publish(run, name, state["outputs"][name])
+    run.workspace.remove()
+    summary.seconds = time.monotonic() - begin
+    summary.mb_per_second = (summary.text_bytes - before) / 1e6 / max(summary.seconds, 1e-9)
+    return summary
+
+
+def _encode_all(
+    run: _Run,
+    job: Job,
+    tokenizer: Tokenizer,
+    workers: int,
+    state: dict[str, Any] | None,
+    summary: Summary,
+    progress: Progress,
+) -> dict[str, Any]:
+    start = Position(**state["position"]) if state else Position()
+    with ExitStack() as stack:
+        outputs = _Outputs(stack, run, tokenizer.vocab_size, state)
+        chunks = read_chunks(run.inputs, job.wanted, start)
+        # closing: on an error the worker processes end before this function does.
+        batches = stack.enter_context(closing(encode_chunks(job, tokenizer, chunks, workers)))
+        position, saved = start, time.monotonic()
+        progress.begin(start.disk_bytes, summary.all.documents + summary.all.held_out)
+        for batch in batches:
+            if batch.error is not None:
+                raise DataError(batch.error)
+            outputs.add(batch, run.valid_fraction)
+            summary.bad_lines += batch.bad_lines
+            merge_counts(summary.languages, batch.languages)
+            position = batch.end
+            progress.advance(position.disk_bytes, batch.seen)
+            if time.monotonic() - saved >= run.checkpoint_seconds:
+                run.workspace.save(run.state("encode", position, outputs.sync(), summary))
+                saved = time.monotonic()
+        if not summary.documents:
+            raise _no_documents(run.inputs, summary)
+        phase = "index" if run.shuffle_seed is None else "shuffle"
+        state = run.state(phase, position, outputs.sync(), summary)
+        run.workspace.save(state)
+    return state
+
+
+def _prepare(run: _Run, tokenizer: Tokenizer, name: str, size: tuple[int, int]) -> None:
+    with IndexedDatasetWriter(run.output(name), tokenizer.vocab_size, run.stem(name), (size[0], size[1])) as writer:
+        writer.prepare()
+
+
+def _publish(run: _Run, name: str, size: tuple[int, int]) -> None:
+    """An empty held-out side leaves no files, nor those of an earlier run, which would belong to other text."""
+    prefix, stem = run.output(name), run.stem(name)
+    if size[0]:
+        publish(prefix, {kind: f"{stem}.{kind}" for kind in ("bin", "lengths", "idx")})
+    else:
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+        Path(f"{prefix}.bin").unlink(missing_ok=True)
+
+
+def _check_options(workers: int, valid_fraction: float, on_bad_line: str, wanted: Wanted) -> None:
     if workers < 1:
         raise DataError(f"workers ({workers}) must be at least 1")
     if not 0 <= valid_fraction < 1:
         raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
     if on_bad_line not in ("error", "skip"):
         raise DataError(f"on_bad_line '{on_bad_line}' is unknown; known: error, skip")
-    _refuse_keys(json_keys, valid_fraction)
-    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
-    job = _Job(tokenizer_type, tokenizer_model, append_eod, tuple(json_keys), valid_fraction, on_bad_line == "skip")
-    try:
-        with ExitStack() as stack:
-            outputs = {key: _Outputs(stack, job, output_prefix, key, tokenizer.vocab_size) for key in json_keys}
-            # closing: on an error the worker processes end before this function does.
-            batches = stack.enter_context(closing(_encoded_batches(job, tokenizer, inputs, workers)))
-            summary = _write_all(job, batches, outputs, log_interval, log)
-            if not summary.documents:
-                raise _no_documents(inputs, summary)
-            for output in outputs.values():
-                output.finalize()
-    except OSError as error:
-        raise DataError(f"{output_prefix}: cannot be written: {error.strerror or error}") from None
-    return summary
-
-
-def _refuse_keys(keys: Sequence[str], valid_fraction: float) -> None:
+    keys, limits = wanted.keys, wanted.limits
+    if limits.line_bytes < 1 or not limits.expansion >= 1:
+        raise DataError(f"max_line_bytes ({limits.line_bytes}), max_expansion ({limits.expansion}): give at least 1")
     names = [*keys, *(f"valid_{key}" for key in keys if valid_fraction)]
+    if not keys:
+        raise DataError("json_keys: give at least one key")
     for key in names:
-        if not key or "/" in key or key.startswith("."):
+        if not key or "/" in key or "\0" in key or key.startswith("."):
             raise DataError(f"json_keys: '{key}' is no plain name: it is a part of the names of the output files")
         if names.count(key) > 1:
             raise DataError(f"json_keys: two outputs would be PREFIX_{key}_document; give each key once")
@@ -372,29 +288,45 @@ def _refuse_keys(keys: Sequence[str], valid_fraction: float) -> None:
 def _no_documents(inputs: Sequence[str], s: Summary) -> DataError:
     counts = {"empty": s.empty, "held out": s.held_out, "bad lines": sum(s.bad_lines.values())}
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no lines at all"
-    return DataError(f"{', '.join(inputs)}: no documents to write ({found}); give files with text as --input")
+    shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
+    return DataError(f"{shown}: no documents to write ({found}); give files with text as --input")
 
 
-def _write_all(
-    job: _Job, batches: Iterator[_Batch], outputs: dict[str, _Outputs], log_interval: int, log: Callable[[str], None]
-) -> Summary:
-    summary, start, seen, first = Summary(), time.monotonic(), 0, job.json_keys[0]
-    for batch in batches:
-        summary.bad_lines += batch.bad_lines
-        if batch.error is not None:
-            raise DataError(batch.error)
-        for key, output in outputs.items():
-            output.add(batch.tokens[key], batch.lengths[key], batch.held_out)
-        filled = batch.lengths[first] > 0
-        summary.documents += int((filled & ~batch.held_out).sum())
-        summary.held_out += int((filled & batch.held_out).sum())
-        summary.empty += int((~filled).sum())
-        summary.text_bytes += batch.text_bytes
-        summary.seconds = time.monotonic() - start
-        if log_interval and (seen + len(filled)) // log_interval > seen // log_interval:
-            speed = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
-            log(f"{seen + len(filled)} documents, {speed:.2f} MB/s")
-        seen += len(filled)
-    summary.tokens = sum(output.train.num_tokens for output in outputs.values())
-    summary.held_out_tokens = sum(output.valid.num_tokens for output in outputs.values() if output.valid)
-    return summary
+def _summary(state: dict[str, Any] | None) -> Summary:
+    if state is None:
+        return Summary()
+    found = state["summary"]
+    languages = {name: Counts(**counts) for name, counts in found["languages"].items()}
+    return Summary(languages, Counter(found["bad_lines"]))
+
+
+def _frame(
+    tokenizer: Tokenizer, include_special_tokens: bool, append_eod: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids before and after each document."""
+    before, after = list[int](), list[int]()
+    if include_special_tokens and isinstance(tokenizer, HuggingFaceTokenizer):
+        before, after = tokenizer.frame()
+    return tuple(before), tuple([*after, tokenizer.eod] if append_eod else after)
+
+
+def _digest(tokenizer: Tokenizer) -> str:
+    path = Path(tokenizer.path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sample(paths: Sequence[str], wanted: Wanted) -> list[str]:
+    """Text from the beginnings of files spread over all inputs."""
+    texts: list[str] = []
+    step = max(1, len(paths) // SAMPLE_FILES)
+    for path in paths[::step][:SAMPLE_FILES]:
+        left = SAMPLE_CHARACTERS
+        for chunk in islice(read_chunks([path], wanted), 1):
+            for _, document in documents_of(chunk, wanted):
+                if isinstance(document, BadLine) or left <= 0:
+                    continue
+                texts += [text[:left] for text in document.texts]
+                left -= sum(map(len, document.texts))
+    return texts

@@ -68,6 +68,11 @@ class SentencePieceTokenizer:
         found: int = self._processor.piece_to_id(token)  # that of the unknown piece where there is none
         return found if self._processor.id_to_piece(found) == token else None
 
+    def symbols(self) -> list[str]:
+        """The pieces that stand for no text: control symbols and the unknown piece."""
+        p = self._processor
+        return [p.id_to_piece(i) for i in range(self.vocab_size) if p.is_control(i) or p.is_unknown(i)]
+
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, or a directory that has one, through the `tokenizers` library; no code is taken from it.
@@ -108,6 +113,21 @@ class HuggingFaceTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def added_tokens(self) -> list[str]:
+        """Special and other added tokens, which are found in a text before it is split."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the file's template sets before and after a text, e.g. the BOS of Llama.
+
+        Raises TokenizerError for a template that does more than that.
+        """
+        inner, whole = self.encode("a b"), self._tokenizer.encode("a b").ids
+        for i in range(len(whole) - len(inner) + 1):
+            if inner and whole[i : i + len(inner)] == inner:
+                return whole[:i], whole[i + len(inner) :]
+        raise TokenizerError(f"{self.path}: its template does more than add special tokens before and after a text")
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:

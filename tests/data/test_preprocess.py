@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from megapoly.data import preprocess as module
+from megapoly.data import encode, text_input
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.preprocess import Summary, is_held_out, preprocess, read_lines
+from megapoly.data.preprocess import is_held_out, preprocess, read_lines
+from megapoly.data.text_input import Chunk, Limits, Position, Wanted
 from megapoly.errors import DataError
 from megapoly.tokenizer.load import load_tokenizer
 from megapoly.tokenizer.train import train_sentencepiece
@@ -69,7 +70,7 @@ def test_documents_keep_their_order_and_end_with_eod(tmp_path: Path, model: str,
 def test_workers_and_batches_do_not_change_a_byte(
     tmp_path: Path, model: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_LINES", 3)
+    monkeypatch.setattr(text_input, "CHUNK_BYTES", 300)
     for name, workers in (("one", 1), ("two", 2)):
         preprocess([source], str(tmp_path / name), TYPE, model, workers=workers, valid_fraction=0.3)
     for kind in ("text_document.bin", "text_document.idx", "valid_text_document.bin", "valid_text_document.idx"):
@@ -180,12 +181,11 @@ def test_a_truncated_archive_leaves_nothing(tmp_path: Path, model: str, source: 
     assert outputs(tmp_path) == []
 
 
-def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a":1}\n\n  \n{"b":\x85 2}\r\nlast')
-    assert list(read_lines(str(tmp_path / "a.jsonl"))) == [(1, b'{"a":1}\n'), (4, b'{"b":\x85 2}\r\n'), (5, b"last")]
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 8)
-    with pytest.raises(DataError, match="line 1"):
-        list(read_lines(str(tmp_path / "a.jsonl")))
+    assert list(read_lines(str(tmp_path / "a.jsonl"))) == [(1, b'{"a":1}'), (4, b'{"b":\x85 2}\r'), (5, b"last")]
+    with pytest.raises(DataError, match="line 4: is over 8 bytes long"):
+        list(read_lines(str(tmp_path / "a.jsonl"), Limits(line_bytes=8)))
 
 
 def test_missing_input_and_no_documents_are_one_line(tmp_path: Path, model: str) -> None:
@@ -208,11 +208,12 @@ def test_a_worker_that_dies_does_not_hang_the_parent(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": text} for text in TEXTS] * 20))
-    monkeypatch.setattr(module, "BATCH_LINES", 10)
+    monkeypatch.setattr(text_input, "CHUNK_BYTES", 1000)
 
     def kill_a_worker(_: str) -> None:
-        os.kill(int(multiprocessing.active_children()[0].pid or 0), signal.SIGKILL)
-        time.sleep(0.3)
+        if children := multiprocessing.active_children():  # there are none yet when the first line is said
+            os.kill(int(children[0].pid or 0), signal.SIGKILL)
+            time.sleep(0.3)
 
     start = time.monotonic()
     with pytest.raises(DataError, match="worker process died"):
@@ -223,27 +224,21 @@ def test_a_worker_that_dies_does_not_hang_the_parent(
     assert outputs(tmp_path) == [] and multiprocessing.active_children() == []
 
 
-def test_reading_waits_for_writing(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_so_far = 0
+def test_reading_waits_for_writing(model: str) -> None:
+    read_so_far = written = 0
 
-    def batches(_: object) -> Iterator[module.Lines]:
+    def chunks() -> Iterator[Chunk]:
         nonlocal read_so_far
         for i in range(100):
             read_so_far += 1
-            yield "x", [(i, b'{"text": "word"}')]
+            yield Chunk("x", i + 1, b'{"text": "word"}\n', Position(0, 0, i + 1))
 
-    monkeypatch.setattr(module, "_line_batches", batches)
-    written = 0
-
-    def check(job: object, results: Iterator[object], *rest: object) -> Summary:
-        nonlocal written
-        for _ in results:
-            written += 1
-            assert read_so_far - written < 2 * module.BATCHES_IN_FLIGHT
-        return Summary(documents=written)
-
-    monkeypatch.setattr(module, "_write_all", check)
-    assert preprocess(["x"], str(tmp_path / "p"), TYPE, model, workers=2).documents == 100
+    job = encode.Job(TYPE, model, "sentencepiece", (), (), (), 0.0, Wanted())
+    for batch in encode.encode_chunks(job, load_tokenizer(TYPE, model), chunks(), 2):
+        written += 1
+        assert batch.end.lines == written
+        assert read_so_far - written <= 2 * encode.CHUNKS_IN_FLIGHT
+    assert written == 100
 
 
 @pytest.mark.parametrize(
@@ -253,6 +248,9 @@ def test_reading_waits_for_writing(tmp_path: Path, model: str, monkeypatch: pyte
         ("valid_fraction", 1.0),
         ("valid_fraction", float("nan")),
         ("on_bad_line", "ignore"),
+        ("max_line_bytes", 0),
+        ("max_expansion", 0.5),
+        ("json_keys", []),
         ("json_keys", ["text", "text"]),
         ("json_keys", ["a/b"]),
         ("json_keys", [".text"]),
