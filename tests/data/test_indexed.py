@@ -64,8 +64,8 @@ def test_bytes_are_those_of_megatron(tmp_path: Path, vocab_size: int, code: int,
 def test_what_is_written_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[list[int]], chunk: int
 ) -> None:
-    for module in (indexed, reader):
-        monkeypatch.setattr(module, "INDEX_CHUNK", chunk)
+    monkeypatch.setattr(indexed, "WRITE_CHUNK", chunk)
+    monkeypatch.setattr(reader, "INDEX_CHUNK", chunk)
     dataset = IndexedDataset(write(tmp_path / "a", documents, 70001))
     filled = [document for document in documents if document]
     assert [dataset[i].tolist() for i in range(len(dataset))] == filled
