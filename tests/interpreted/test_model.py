@@ -67,7 +67,7 @@ def test_torch_compile_captures_a_block_whole(family: str) -> None:
     generator = torch.Generator().manual_seed(5)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    table = rotary_table(16, m.rotary_dim, 10000.0) if m.rotary_dim else None
+    table = (*rotary_table(16, m.rotary_dim, 10000.0), None) if m.rotary_dim else None
     streams = [torch.randn(32, m.hidden_size, generator=generator) for _ in range(2)]
 
     def run(call: torch.nn.Module) -> list[Tensor]:
