@@ -87,7 +87,7 @@ def write_png(of_tokenizer: Mapping[str, Mapping[str, Fertility]], path: str) ->
         axes.set_ylabel(title)
         axes.set_xticks(range(len(languages)), languages)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False)
     if Path(path).suffix.lower() != ".png":
         raise ConfigError(f"--png {path}: give a name that ends in .png")
     try:
