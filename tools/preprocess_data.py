@@ -4,6 +4,7 @@ import argparse
 
 from megapoly.arguments import ArgumentParser
 from megapoly.data.preprocess import preprocess
+from megapoly.data.templates import Template
 from megapoly.errors import exit_on_error
 from megapoly.tokenizer.batch import BACKENDS
 from megapoly.tokenizer.load import TOKENIZER_TYPES
@@ -27,7 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes that encode (1: no further process)")
     add("--partitions", type=int, default=1, help="taken for Megatron-LM's sake: the output does not depend on it")
     add("--keep-sequential-samples", action="store_true", help="likewise: the order is always that of the input")
-    add("--json-keys", nargs="+", default=["text"], help="keys (columns) with text; one output for each")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--json-keys", nargs="+", default=["text"], help="keys (columns) with text; one output for each")
+    texts.add_argument(
+        "--template", nargs="+", default=[], metavar="NAME=TEXT", help=r"join fields: 'en-ko={en}\n{ko}'"
+    )
     add("--language-key", default="lang", help="key (column) of the language, for the summary")
     add("--on-bad-line", choices=("error", "skip"), default="error", help="skip counts and reports")
     add("--valid-fraction", type=float, default=0.0, help="part held out into PREFIX_valid_.., by hash of the id")
@@ -51,6 +56,7 @@ def main() -> None:
         include_special_tokens=arguments.tokenizer_hf_include_special_tokens,
         workers=arguments.workers,
         json_keys=arguments.json_keys,
+        templates=[Template.parse(given) for given in arguments.template],
         language_key=arguments.language_key,
         on_bad_line=arguments.on_bad_line,
         valid_fraction=arguments.valid_fraction,

@@ -110,7 +110,7 @@ def _line(line: bytes, wanted: Wanted) -> Document:
     language = language_code(found.get(wanted.language_key))
     texts = [found[key] for key in wanted.keys]
     encoded = [_utf8(text, key, language) for text, key in zip(texts, wanted.keys, strict=True)]
-    return Document(texts, encoded, identity(found, wanted.keys[0]), language)
+    return _document(texts, encoded, identity(found, wanted.keys[0]), language, wanted)
 
 
 def _row(rows: Rows, i: int, wanted: Wanted) -> Document:
@@ -129,7 +129,15 @@ def _row(rows: Rows, i: int, wanted: Wanted) -> Document:
         encoded.append(value)
     name = rows.ids[i] if rows.ids else None
     name = name.decode("utf-8", "replace") if isinstance(name, bytes) else name
-    return Document(texts, encoded, texts[0] if name is None else str(name), language)
+    return _document(texts, encoded, texts[0] if name is None else str(name), language, wanted)
+
+
+def _document(texts: list[str], encoded: list[bytes], name: str, language: str, wanted: Wanted) -> Document:
+    if wanted.templates:
+        values = dict(zip(wanted.keys, texts, strict=True))
+        texts = [template.render(values) for template in wanted.templates]
+        encoded = [text.encode() for text in texts]
+    return Document(texts, encoded, name, language)
 
 
 def _utf8(text: str, key: str, language: str) -> bytes:

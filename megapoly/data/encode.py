@@ -67,12 +67,12 @@ def encode_chunk(job: Job, tokenizer: Tokenizer, encoder: Encoder, chunk: Chunk)
     if job.valid_fraction:
         held_out[:] = [is_held_out(document.name, job.valid_fraction) for document in documents]
     tokens, lengths = {}, {}
-    for k, key in enumerate(job.wanted.keys):
+    for k, key in enumerate(job.wanted.outputs):
         try:
             tokens[key], lengths[key] = _encode_key(job, tokenizer, encoder, documents, k)
         except MegapolyError as wrong:
             raise DataError(f"{chunk.path}, lines {chunk.first} to {chunk.end.lines}: {wrong}") from None
-    _count(languages, documents, lengths, held_out, job.wanted.keys)
+    _count(languages, documents, lengths, held_out, job.wanted.outputs)
     return Batch(chunk.end, tokens, lengths, held_out, languages, bad_lines, error, len(documents))
 
 

@@ -19,6 +19,7 @@ from megapoly.data.progress import Progress
 from megapoly.data.resume import Workspace, only_writer
 from megapoly.data.shuffle import shuffle_documents
 from megapoly.data.summary import Counts, Summary, merge_counts
+from megapoly.data.templates import Template, fields_of
 from megapoly.data.text_input import (
     MAX_EXPANSION,
     MAX_LINE_BYTES,
@@ -113,6 +114,7 @@ def preprocess(
     include_special_tokens: bool = False,
     workers: int = 1,
     json_keys: Sequence[str] = ("text",),
+    templates: Sequence[Template] = (),
     language_key: str = "lang",
     on_bad_line: str = "error",
     valid_fraction: float = 0.0,
@@ -128,14 +130,17 @@ def preprocess(
 ) -> Summary:
     """Encode text into `{output_prefix}_{key}_document.bin/.idx`, byte for byte as Megatron-LM writes them.
 
-    Inputs are JSONL (plain, .gz, .zst) and Parquet files and patterns. Documents keep the order of the input, or have
+    Inputs are JSONL (plain, .gz, .zst) and Parquet files and patterns. With `templates` the outputs are theirs, of
+    lines with their fields. Documents keep the order of the input, or have
     the order of `shuffle_seed`; empty ones are left out. With `valid_fraction` the documents whose hash of `id` (else
     of the text) falls below it go to `{output_prefix}_valid_{key}_document`. What a killed run wrote up to its last
     checkpoint waits in `{output_prefix}.partial` and the same call goes on with it. `log_interval` is in documents.
     Raises DataError, before any output has its name, for unreadable input, a bad line (`on_bad_line` "error"; "skip"
     counts them), no documents, a dead worker, a full disk, a second writer, and inputs or options that have changed.
     """
-    wanted = Wanted(tuple(json_keys), language_key, on_bad_line == "skip", Limits(max_line_bytes, max_expansion))
+    keys = fields_of(templates) if templates else tuple(json_keys)
+    limits = Limits(max_line_bytes, max_expansion)
+    wanted = Wanted(keys, language_key, on_bad_line == "skip", limits, tuple(templates))
     _check_options(workers, valid_fraction, on_bad_line, wanted)
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
     frame = _frame(tokenizer, include_special_tokens, append_eod)
@@ -169,11 +174,12 @@ def _plan(
     shuffle_seed: int | None,
 ) -> _Run:
     paths = expand_inputs(inputs)
-    names = [*wanted.keys, *(f"valid_{key}" for key in wanted.keys if valid_fraction)]
+    names = [*wanted.outputs, *(f"valid_{name}" for name in wanted.outputs if valid_fraction)]
     options = {
         "tokenizer_type": tokenizer.tokenizer_type, "tokenizer": _digest(tokenizer), "before": list(frame[0]),
         "after": list(frame[1]), "json_keys": list(wanted.keys), "language_key": wanted.language_key,
         "valid_fraction": valid_fraction, "shuffle_seed": shuffle_seed,
+        "templates": [[template.name, *map(list, template.parts)] for template in wanted.templates],
     }  # fmt: skip
     described = [describe_input(path) for path in paths]
     return _Run(prefix, paths, names, Workspace(prefix), options, described, valid_fraction, shuffle_seed)
@@ -272,7 +278,7 @@ def _check_options(workers: int, valid_fraction: float, on_bad_line: str, wanted
         raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
     if on_bad_line not in ("error", "skip"):
         raise DataError(f"on_bad_line '{on_bad_line}' is unknown; known: error, skip")
-    keys, limits = wanted.keys, wanted.limits
+    keys, limits = wanted.outputs, wanted.limits
     if limits.line_bytes < 1 or not limits.expansion >= 1:
         raise DataError(f"max_line_bytes ({limits.line_bytes}), max_expansion ({limits.expansion}): give at least 1")
     names = [*keys, *(f"valid_{key}" for key in keys if valid_fraction)]

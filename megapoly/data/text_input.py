@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from megapoly.data.templates import Template
 from megapoly.errors import DataError
 
 CHUNK_BYTES = 1 << 20
@@ -81,12 +82,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to read: `keys` with text, the key of the language, and whether bad lines are passed over."""
+    """What to read: `keys` with text, the key of the language, and whether bad lines are passed over.
+
+    Each key gives a text of a document or, where there are templates of these keys, each template.
+    """
 
     keys: tuple[str, ...] = ("text",)
     language_key: str = "lang"
     skip_bad_lines: bool = False
     limits: Limits = Limits()
+    templates: tuple[Template, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of a document's texts."""
+        return tuple(template.name for template in self.templates) or self.keys
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:

@@ -7,21 +7,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megapoly.errors import TokenizerError
-from megapoly.tokenizer.load import Tokenizer
 
 # SentencePiece silently skips a sentence with a tab or U+2585 (its own marks) and one over max_sentence_length. Cut
 # at those and at line ends nothing is lost: such characters become byte pieces, <0x0A> for a newline as in LLaMA.
 _CUTS = re.compile("[\t\n\r\0\u2585]")
 _CHARACTERS_PER_SENTENCE = 4096
 _META_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
+_CONTROL = ("<unk>", "<s>", "</s>")
 _END_OF_TEXT = "<|endoftext|>"
 MOST_PIECES = 10_000_000
 
@@ -50,16 +50,19 @@ def train_sentencepiece(
     vocab_size: int,
     model_type: str = "bpe",
     character_coverage: float = 0.9995,
+    special_tokens: Sequence[str] = (),
 ) -> None:
     """Train a SentencePiece model the way of PolyLM (arXiv 2307.06018): byte fallback, single digits, no normalisation.
 
     decode(encode(text)) == text for every text without U+2581, the mark for a space. `<unk>` is 0, `<s>` 1, `</s>` 2.
     No space is put before a text: so `transformers.LlamaTokenizer` with add_prefix_space=False gives equal ids (bpe).
+    `special_tokens` follow as control symbols, which no text becomes.
     Equal texts give an equal file. Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
     check_vocab_size(vocab_size)
-    if vocab_size <= _META_PIECES:
-        least = _META_PIECES + 1
+    least = _META_PIECES + len(special_tokens) + 1
+    _check_special_tokens([*_CONTROL, *special_tokens])
+    if vocab_size < least:
         raise TokenizerError(
             f"vocab_size ({vocab_size}) must be at least {least}: bytes, special tokens and a character"
         )
@@ -86,6 +89,7 @@ def train_sentencepiece(
             bos_id=1,
             eos_id=2,
             pad_id=-1,
+            control_symbols=list(special_tokens),
             num_threads=16,  # a part of the file: the machine's own count would change its bytes
             minloglevel=3,
         )
@@ -97,11 +101,15 @@ def train_sentencepiece(
 
 
 def train_byte_level_bpe(
-    texts: Iterable[str], path: str, vocab_size: int, special_tokens: tuple[str, ...] = (_END_OF_TEXT,)
-) -> None:
+    texts: Iterable[str], path: str, vocab_size: int, special_tokens: Sequence[str] = (_END_OF_TEXT,), *,
+    split_digits: bool = False, nfc: bool = False, morpheme_separator: str | None = None,
+) -> None:  # fmt: skip
     """Train a byte-level BPE as of GPT-2 and Polyglot-Ko; `special_tokens` take the first ids.
 
-    `path` is a tokenizer.json, or a directory that then also gets tokenizer_config.json. Every text round-trips.
+    `path` is a tokenizer.json, or a directory that then also gets tokenizer_config.json. Every text round-trips, with
+    `nfc` in Unicode's form C. With `split_digits` every digit is a token of its own. `morpheme_separator` is a sign
+    that an analyser has put between the morphemes of the training text: no merge is learnt across it, and text that
+    is encoded later needs none (Polyglot-Ko, arXiv 2306.02254, with MeCab).
     Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
     check_vocab_size(vocab_size)
@@ -109,8 +117,19 @@ def train_byte_level_bpe(
     smallest = len(alphabet) + len(special_tokens)
     if vocab_size < smallest:
         raise TokenizerError(f"vocab_size ({vocab_size}) must be at least {smallest}: the bytes and special tokens")
+    _check_special_tokens(special_tokens)
+    if morpheme_separator is not None and len(morpheme_separator) != 1:
+        raise TokenizerError(f"morpheme_separator '{morpheme_separator}' must be one character that the text lacks")
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    at_run_time: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split_digits:
+        at_run_time = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), at_run_time])
+    tokenizer.pre_tokenizer = at_run_time
+    if morpheme_separator is not None:
+        separate = pre_tokenizers.Split(morpheme_separator, "removed")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([separate, at_run_time])
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -126,6 +145,7 @@ def train_byte_level_bpe(
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size < vocab_size:
         raise _too_large(vocab_size, size)
+    tokenizer.pre_tokenizer = at_run_time
     is_file = path.endswith(".json")
     _write(Path(path) if is_file else Path(path) / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     if not is_file:
@@ -176,16 +196,6 @@ def character_coverage(characters: Counter[str], vocab_size: int) -> float:
     return max(0.98, min(0.9995, covered / total)) if total else 0.9995
 
 
-def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """UTF-8 bytes a token for each language of (language, text) documents, by name of language."""
-    sizes: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    for language, text in documents:
-        sizes[language] += len(text.encode())
-        tokens[language] += len(tokenizer.encode(text))
-    return {language: sizes[language] / tokens[language] for language in sorted(sizes) if tokens[language]}
-
-
 class _Source:
     """Counts texts and keeps the exception of an iterator that a trainer in C++ or Rust calls."""
 
@@ -205,6 +215,12 @@ class _Source:
     def reraise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _check_special_tokens(tokens: Sequence[str]) -> None:
+    for token in tokens:
+        if not token.strip() or tokens.count(token) > 1:
+            raise TokenizerError(f"special token '{token}' is empty, or given twice or by itself already")
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -12,12 +12,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapoly.errors import TokenizerError
+from megapoly.errors import ConfigError, TokenizerError
+from megapoly.tokenizer.fertility import Fertility, fertility, table, write_png
 from megapoly.tokenizer.load import Tokenizer, load_tokenizer
 from megapoly.tokenizer.train import (
     VocabularyTooLarge,
     balance_languages,
-    bytes_per_token,
     character_coverage,
     train_byte_level_bpe,
     train_sentencepiece,
@@ -246,6 +246,69 @@ def test_entries_are_found_by_name(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_id("<no such token>") is None
 
 
-def test_bytes_per_token(tokenizer: Tokenizer) -> None:
-    n = len(tokenizer.encode("hello")) + len(tokenizer.encode("né"))
-    assert bytes_per_token(tokenizer, [("x", "hello"), ("x", "né"), ("y", "")]) == {"x": 8 / n}
+def test_what_text_costs_by_language(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    documents = [("x", "hello you"), ("x", "né"), ("y", ""), ("ko", "안녕")]
+    found = fertility(tokenizer, lambda: documents)
+    tokens = {text: len(tokenizer.encode(text)) for _, text in documents}
+    of_x = tokens["hello you"] + tokens["né"]
+    assert list(found) == ["ko", "x", "all"]
+    assert found["x"] == Fertility(12, 11, 3, of_x) and found["ko"] == Fertility(6, 2, 1, tokens["안녕"])
+    assert found["all"].tokens == sum(tokens.values()) and found["all"].bytes == 18
+    assert (found["x"].bytes_per_token, found["x"].tokens_per_word) == (12 / of_x, of_x / 3)
+    assert found["x"].tokens_per_character == of_x / 11
+    lines = table({"one": found, "a/rather/long/name/of/a/tokenizer.model": {"x": found["x"]}}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert f"{12 / of_x:.2f}" in lines[3] and lines[2].split()[4] == "-"
+    write_png({"one": found, "other": {"x": found["x"]}}, str(tmp_path / "f.png"))
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    for place in (tmp_path / "f.jpg", tmp_path / "none/f.png"):
+        with pytest.raises(ConfigError, match=r"--png .*(ends in .png|cannot be written)"):
+            write_png({"one": found}, str(place))
+
+
+SPECIAL = ("<fim_prefix>", "<fim_middle>")
+
+
+def test_further_special_tokens_are_no_text(tmp_path: Path) -> None:
+    train_sentencepiece(TEXTS.values(), str(tmp_path / "t.model"), 500, special_tokens=SPECIAL)
+    train_byte_level_bpe(TEXTS.values(), str(tmp_path / "hf"), 500, ("<|endoftext|>", *SPECIAL))
+    for kind, path, ids in ((SP, "t.model", [3, 4]), (HF, "hf", [1, 2])):
+        tokenizer = load_tokenizer(kind, str(tmp_path / path))
+        assert [tokenizer.token_id(token) for token in SPECIAL] == ids
+        assert tokenizer.vocab_size == 500 and tokenizer.eod == ids[0] - 1
+    assert not {3, 4} & set(load_tokenizer(SP, str(tmp_path / "t.model")).encode("a <fim_prefix> b"))
+    for wrong in (("a", "a"), (" ",), ("</s>",)):
+        with pytest.raises(TokenizerError, match="special token"):
+            train_sentencepiece(TEXTS.values(), str(tmp_path / "u.model"), 500, special_tokens=wrong)
+    with pytest.raises(TokenizerError, match="special token"):
+        train_byte_level_bpe(TEXTS.values(), str(tmp_path / "u"), 500, ("a", "a"))
+
+
+def test_digits_and_form_c_of_byte_level_bpe(tmp_path: Path) -> None:
+    text = ["the years 1999 1999 1999 and 2024 2024 " * 8, "caf\u00e9 caf\u00e9 " * 8]
+    train_byte_level_bpe(text, str(tmp_path / "plain"), 272)
+    train_byte_level_bpe(text, str(tmp_path / "both"), 272, split_digits=True, nfc=True)
+    plain, both = (load_tokenizer(HF, str(tmp_path / name)) for name in ("plain", "both"))
+    assert len(plain.encode("1999")) < 4 == len(both.encode("1999"))
+    assert both.encode("cafe\u0301") == both.encode("caf\u00e9") != plain.encode("cafe\u0301")
+    assert both.decode(both.encode("cafe\u0301 99")) == "caf\u00e9 99"
+    assert plain.decode(plain.encode("cafe\u0301 99")) == "cafe\u0301 99"
+
+
+def test_no_merge_crosses_a_morpheme(tmp_path: Path) -> None:
+    """What separates is neither needed nor lost in text that is encoded later."""
+    words, sign = ["먹었다", "갔다", "먹는다"], "\u0cf1"
+    separated = "먹\u0cf1었\u0cf1다 갔\u0cf1다 먹\u0cf1는\u0cf1다 " * 40
+    for name, text, mark in (("m", separated, sign), ("plain", separated.replace(sign, ""), None)):
+        with pytest.raises(VocabularyTooLarge) as caught:
+            train_byte_level_bpe([text], str(tmp_path / name), 5000, morpheme_separator=mark)
+        train_byte_level_bpe([text], str(tmp_path / name), caught.value.largest, morpheme_separator=mark)
+    tokenizer, plain = (load_tokenizer(HF, str(tmp_path / name)) for name in ("m", "plain"))
+    for word in words:
+        assert len(tokenizer.encode(f" {word}")) > len(plain.encode(f" {word}"))
+        ends = {tokenizer.decode(tokenizer.encode(word)[: i + 1]) for i in range(len(tokenizer.encode(word)))}
+        assert {word[: i + 1] for i in range(len(word))} <= ends  # every morpheme, here a syllable, ends a token
+    assert tokenizer.decode(tokenizer.encode(f"a{sign}b")) == f"a{sign}b"
+    for wrong in ("", "ab"):
+        with pytest.raises(TokenizerError, match="must be one character"):
+            train_byte_level_bpe([separated], str(tmp_path / "n"), 275, morpheme_separator=wrong)
