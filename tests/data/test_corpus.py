@@ -320,7 +320,7 @@ def test_the_tools_run(tmp_path: Path) -> None:
     for kind, output in (("SentencePieceTokenizer", "t.model"), ("HuggingFaceTokenizer", "t")):
         flags = ["--tokenizer-type", kind, "--output", str(tmp_path / output), "--vocab-size"]
         done = tool("train_tokenizer.py", "--input", source, *flags, "400")
-        assert done.returncode == 0 and "ko " in done.stdout and "bytes per token" in done.stdout, done.stderr
+        assert done.returncode == 0 and "ko " in done.stdout and "bytes/token" in done.stdout, done.stderr
         done = tool("train_tokenizer.py", "--input", source, *flags, "90000")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "largest possible" in done.stderr
         assert f"{source}: vocab_size" in done.stderr
