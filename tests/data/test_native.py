@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import threading
 import time
 from fractions import Fraction
@@ -132,12 +133,13 @@ def test_a_sample_of_a_batch_takes_less_than_a_microsecond() -> None:
 def test_other_threads_run_meanwhile() -> None:
     ours = sampler_of(([12345] * 18, [(10**9, POLYLM)], 3), native=True)
     ours.samples(0, 1)
-    spins = 0
-    busy = threading.Thread(target=ours.samples, args=(0, 2_000_000))
+    busy = threading.Thread(target=ours.samples, args=(0, 4_000_000))
+    turns = [time.perf_counter()]
     busy.start()
     while busy.is_alive():
-        spins += 1
-    assert spins > 1000
+        turns.append(time.perf_counter())
+    # A call that kept the lock would be one long gap between two turns of this thread.
+    assert max(after - before for before, after in itertools.pairwise(turns)) < (turns[-1] - turns[0]) / 2
 
 
 # ------------------------------------------------------------------------------------------------- nothing crashes it

@@ -19,6 +19,7 @@ from megapoly.data import indexed, resume, text_input
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.preprocess import Summary, preprocess
 from megapoly.data.resume import only_writer
+from megapoly.data.templates import Template
 from megapoly.errors import DataError
 from megapoly.tokenizer.train import train_sentencepiece
 
@@ -254,6 +255,7 @@ def test_changed_inputs_and_flags_are_refused_with_the_difference(
         ({"shuffle_seed": 6}, "begun with shuffle_seed 5 instead of 6"),
         ({"valid_fraction": 0.1}, "valid_fraction 0.3 instead of 0.1"),
         ({"append_eod": False}, "begun with after"),
+        ({"templates": [Template.parse("text=>{text}")]}, "begun with templates"),
     ):
         with pytest.raises(DataError, match=words):
             run(inputs, folder, model, **changes)
