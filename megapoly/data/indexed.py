@@ -136,10 +136,10 @@ def publish(prefix: str, temporary: Mapping[str, str]) -> None:
         Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
         os.replace(temporary["bin"], f"{prefix}.bin")
     if os.path.exists(temporary["idx"]):
-        _sync_directory(Path(prefix).parent)  # the tokens' name reaches the disk before the index's
+        sync_directory(Path(prefix).parent)  # the tokens' name reaches the disk before the index's
         os.replace(temporary["idx"], f"{prefix}.idx")
     Path(temporary["lengths"]).unlink(missing_ok=True)
-    _sync_directory(Path(prefix).parent)
+    sync_directory(Path(prefix).parent)
 
 
 class TokenStream:
@@ -208,7 +208,8 @@ def _write(file: io.FileIO, content: bytes | memoryview) -> None:
         left = left[file.write(left) :]
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Bring the names in a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megapoly.data.indexed import CODES
+from megapoly.data.indexed import CODES, sync_directory
 from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset
 from megapoly.errors import DataError
 
@@ -86,7 +86,7 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         Path(f"{output}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
         os.replace(temporary["bin"], f"{output}.bin")
         os.replace(temporary["idx"], f"{output}.idx")
-        _sync_folder(output)
+        sync_directory(Path(output).parent)
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror or error}") from None
     finally:
@@ -94,14 +94,6 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
             if os.path.exists(path):
                 os.unlink(path)
     return sum(dataset.num_documents for dataset in datasets), expected // datasets[0].dtype.itemsize
-
-
-def _sync_folder(prefix: str) -> None:
-    handle = os.open(Path(prefix).parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------------ mending
@@ -158,7 +150,7 @@ def _replace_pair(prefix: str, dtype: np.dtype, index: Index, kept: int) -> None
                 file.truncate(kept)
                 os.fsync(file.fileno())
         os.replace(temporary, f"{prefix}.idx")
-        _sync_folder(prefix)
+        sync_directory(Path(prefix).parent)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
