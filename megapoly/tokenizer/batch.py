@@ -6,7 +6,8 @@ bounds that memory, and is taken only where its ids equal the library's on hard 
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megapoly.errors import TokenizerError
-from megapoly.tokenizer.load import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megapoly.tokenizer.load import BORDER, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 BACKENDS = ("auto", "tokenizers", "sentencepiece", "gigatoken")
 # Memory by which a process may grow before the words it remembers are dropped, and how often that is looked at.
 CACHE_BYTES = 128 << 20
 CHECK_BYTES = 4 << 20
 SPOT_CHECK_CHARACTERS = 1000
+LONG_CHARACTERS = 1 << 18
 PROBES = (
     "", " ", "   leading and trailing   ", "\n", "a\n\n\nb", "tab\tand\r\nline", "\x00NUL\x00", "A" * 300,
     " " * 50 + "x", "don't won't I'LL we're", "3.14159 1,000,000 ٣٤٥ १२३ ²³ ½", "안녕하세요, 세상! 각각",
@@ -42,16 +44,47 @@ class Encoder(Protocol):
 
 
 class LibraryEncoder:
-    """The tokenizer's own library, one text after the other on one core."""
+    """The tokenizer's own library, one text after the other on one core.
+
+    A library takes up to a hundred times the memory of a text, so a long one goes to it in pieces, cut at
+    BORDER: no splitting into words that is in use joins what stands there. Whole go the texts of a tokenizer that may
+    join it, or that gives other ids for pieces of PROBES than for the whole (one that begins each text with a space).
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
         self._encode = tokenizer.encode
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads for one text would only be started
+            self._encode = tokenizer.encode_quickly
+        self._cuts_long_texts = _can_be_cut(tokenizer)
 
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Ids:
         # An array for each text: a list of Python's numbers takes ten times the memory.
-        found = [np.array(self._encode(text), dtype=np.int32) for text in texts]
-        return _join(found, np.int32)
+        return _join([self._ids(text) for text in texts], np.int32)
+
+    def _ids(self, text: str) -> npt.NDArray[np.int32]:
+        if len(text) <= LONG_CHARACTERS or not self._cuts_long_texts:
+            return np.array(self._encode(text), dtype=np.int32)
+        return np.concatenate(
+            [np.array(self._encode(piece), dtype=np.int32) for piece in pieces_of(text, LONG_CHARACTERS)]
+        )
+
+
+def pieces_of(text: str, characters: int) -> Iterator[str]:
+    """A text in pieces of at least so many characters, cut at BORDER."""
+    begin = 0
+    while found := BORDER.search(text, begin + characters):
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:]
+
+
+def _can_be_cut(tokenizer: Tokenizer) -> bool:
+    if not tokenizer.keeps_words_apart():
+        return False
+    joined = "".join(f"a{probe}b{border}" for probe, border in zip(PROBES, cycle("\n ，。、"), strict=False))
+    return [i for piece in pieces_of(joined, 1) for i in tokenizer.encode(piece)] == tokenizer.encode(joined)
 
 
 class GigatokenEncoder:

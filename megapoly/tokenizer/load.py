@@ -1,6 +1,7 @@
 """One interface to SentencePiece and Hugging Face tokenizers, read from files alone."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,9 @@ from megapoly.errors import TokenizerError
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
+# Between a letter and a space, a line's end, an ideographic comma or full stop.
+BORDER = re.compile(r"(?<=[^\W\d_])(?=[ \n，。、])")
+_SPACED = re.compile("[^ĠĊ](Ġ|Ċ|ãĢ|ï¼)")  # the bytes of BORDER's characters as byte-level vocabularies spell them
 
 
 class Tokenizer(Protocol):
@@ -32,6 +36,9 @@ class Tokenizer(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """The id of an entry of the vocabulary by its name."""
+
+    def keeps_words_apart(self) -> bool:
+        """Whether the ids on one side of BORDER do not depend on the text of the other side."""
 
 
 class SentencePieceTokenizer:
@@ -67,6 +74,14 @@ class SentencePieceTokenizer:
     def token_id(self, token: str) -> int | None:
         found: int = self._processor.piece_to_id(token)  # that of the unknown piece where there is none
         return found if self._processor.id_to_piece(found) == token else None
+
+    def keeps_words_apart(self) -> bool:
+        """Whether it is a BPE, whose scores are the ranks of its merges, without a piece that reaches over BORDER."""
+        p = self._processor
+        no_text = (p.is_control, p.is_unknown, p.is_byte)
+        pieces = [i for i in range(self.vocab_size) if not any(is_kind(i) for is_kind in no_text)]
+        is_bpe = all(p.get_score(i) == round(p.get_score(i)) for i in pieces)
+        return is_bpe and not any(BORDER.search(p.id_to_piece(i).replace("\u2581", " ")) for i in pieces)
 
     def symbols(self) -> list[str]:
         """The pieces that stand for no text: control symbols and the unknown piece."""
@@ -108,6 +123,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_quickly(self, text: str) -> list[int]:
+        """The same ids, by a call of the library that leaves out where in the text each token stands."""
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -117,6 +136,22 @@ class HuggingFaceTokenizer:
     def added_tokens(self) -> list[str]:
         """Special and other added tokens, which are found in a text before it is split."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    def keeps_words_apart(self) -> bool:
+        """Whether it is a byte-level BPE that splits a text into words, without entries that reach over BORDER.
+
+        (A unigram model adds up the scores of a whole text, whose rounding the text before would change.)
+        """
+        splits = repr(self._tokenizer.pre_tokenizer)
+        is_split = "ByteLevel(" in splits and ("use_regex=True" in splits or "Split(" in splits)
+        if not is_split or not isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            return False
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        if any(token.lstrip or token.rstrip or BORDER.search(token.content) for token in added):
+            return False
+        to_text = tokenizers.decoders.ByteLevel().decode
+        spaced = (entry for entry in self._tokenizer.get_vocab(with_added_tokens=False) if _SPACED.search(entry))
+        return not any(BORDER.search(to_text([entry])) for entry in spaced)
 
     def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the file's template sets before and after a text, e.g. the BOS of Llama.
