@@ -48,10 +48,10 @@ def test_bounds_are_judged_on_the_right_side(bench: Any) -> None:
     assert bench.judge(told) == {"memory": True, "speed": True}
     told |= {"gb": {"megapoly": 1.2}, "ratios_seconds": {"bare": 0.94}}
     assert bench.judge(told) == {"memory": False, "speed": False}
-    fast = {"library": "gigatoken", "gb": {"megapoly": 0.5}, "mb_per_second": {"megapoly": 50.0, "bare": 80.0},
-            "start_seconds": 1.9, "large_gb": 0.57}  # fmt: skip
+    fast = {"library": "gigatoken", "gb": {"megapoly": 0.57}, "mb_per_second": {"megapoly": 50.0, "bare": 80.0},
+            "start_seconds": 1.9, "tenth_gb": 0.5}  # fmt: skip
     assert set(bench.judge(fast).values()) == {True}
-    slow = fast | {"mb_per_second": {"megapoly": 49.9}, "start_seconds": 2.0, "large_gb": 0.6}
+    slow = fast | {"mb_per_second": {"megapoly": 49.9}, "start_seconds": 2.0, "tenth_gb": 0.49}
     assert bench.judge(slow) == {"memory": True, "speed": False, "start": False, "flat": False}
 
 
