@@ -296,4 +296,4 @@ def test_the_tool_ends_in_one_line_and_status_two(config_file: Path, words: list
 def test_the_tool_without_arguments_says_how_it_is_used() -> None:
     done = tool()
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch("error: .*usage: tools/curriculum.py CONFIG .*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"error: .*usage: tools/curriculum.py \{CONFIG \| --run RUN\} .*\n", done.stderr), done.stderr
