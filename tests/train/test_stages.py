@@ -137,6 +137,8 @@ def test_rates_that_cannot_be_are_refused_with_the_stage(given: dict[str, Any], 
     [
         ({"global_batch_size": 6}, {}, 4, r"^stage 'long': global_batch_size \(6\) must be a multiple of .* = 4"),
         ({"global_batch_size": 0}, {}, 1, r"^stage 'long': global_batch_size \(0\) must be positive"),
+        ({"lr": -1.0}, {}, 1, r"^stage 'long': lr \(-1.0\) must be a finite number of at least 0"),
+        ({"lr": 1e-5, "min_lr": 1e-4}, {}, 1, r"^stage 'long': min_lr \(0.0001\) must not exceed lr \(1e-05\)"),
         ({"seq_length": 12}, {}, 1, r"^stage 'long': seq_length \(12\) must divide block_length \(16\).* 12 or 24 would"),
         ({"seq_length": 64}, {}, 1, r"^stage 'long': max_position_embeddings \(32\) must be at least seq_length \(64\)"),
         ({"seq_length": 4, "global_batch_size": 6}, {}, 1, r"6\) must be a multiple of 4, the sequences of 4 tokens in a block of 16: 4 or 8"),
