@@ -259,7 +259,7 @@ def test_what_text_costs_by_language(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert (found["x"].bytes_per_token, found["x"].tokens_per_word) == (12 / of_x, of_x / 3)
     assert found["x"].tokens_per_character == of_x / 11
     lines = table({"one": found, "a/rather/long/name/of/a/tokenizer.model": {"x": found["x"]}}).splitlines()
-    assert len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1 and "  …/name/of/a/tokenizer.model" in lines[0]
     assert f"{12 / of_x:.2f}" in lines[3] and lines[2].split()[4] == "-"
     write_png({"one": found, "other": {"x": found["x"]}}, str(tmp_path / "f.png"))
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
