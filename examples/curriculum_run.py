@@ -95,15 +95,15 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def compare(title: str, run: Path, straight: list[dict[str, Any]]) -> None:
-    """Say how the steps of a run differ from those of the straight one."""
+    """Say how the steps of a run differ from those of the straight one: the data, and the losses relative to theirs."""
     rows = read_rows(run)
     ours = [row for row in straight if row["step"] in {row["step"] for row in rows}]
     same = sum(a == b for a, b in zip(rows, ours, strict=True))
     data = sum(a["tokens_by_source"] == b["tokens_by_source"] for a, b in zip(rows, ours, strict=True))
     apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, ours, strict=True))
     print(
-        f"{title}: steps {rows[0]['step']} to {rows[-1]['step']}; {data} of them with the same tokens of each source, "
-        f"{same} with all numbers of metrics.jsonl equal to the last bit; losses at most {apart:.1e} apart (relative)"
+        f"{title}: steps {rows[0]['step']} to {rows[-1]['step']}; tokens by source equal in {data}, every number to the "
+        f"last bit in {same}; losses at most {apart:.1e} apart"
     )
 
 
@@ -124,8 +124,8 @@ def check_order(config: Path, longer: Path, flags: tuple[Any, ...]) -> None:
         repeated += len(found) - len(set(found))
         left_out += len(set(zip(epochs.tolist(), offsets.tolist(), strict=True)) - set(found))
     print(
-        f"order: {border:,} samples of the first plan, then {len(lines) - border:,} of the longer one, from "
-        f"{len(streams)} sources: {repeated} repeated, {left_out} left out of what came next in their source"
+        f"order: {border:,} samples of the first plan, then {len(lines) - border:,} of the longer one, {len(streams)} "
+        f"sources: {repeated} repeated, {left_out} left out"
     )
 
 
