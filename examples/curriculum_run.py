@@ -102,8 +102,8 @@ def compare(title: str, run: Path, straight: list[dict[str, Any]]) -> None:
     data = sum(a["tokens_by_source"] == b["tokens_by_source"] for a, b in zip(rows, ours, strict=True))
     apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, ours, strict=True))
     print(
-        f"{title}: steps {rows[0]['step']} to {rows[-1]['step']}; tokens by source equal in {data}, every number to the "
-        f"last bit in {same}; losses at most {apart:.1e} apart"
+        f"{title}: steps {rows[0]['step']} to {rows[-1]['step']}; tokens by source equal in {data}, "
+        f"every number to the last bit in {same}; losses at most {apart:.1e} apart"
     )
 
 
