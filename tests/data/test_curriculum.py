@@ -248,6 +248,13 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "plan.yaml"
 
 
+def test_what_is_hardly_read_does_not_show_as_unread() -> None:
+    rare = {"name": "s", "tokens": 10_000, "weights": {"web-en": 1.0, "web-ko": 99.0}}
+    lines = describe(plan_of([EN, KO, OPUS], [rare], [1_000_000, 50_050, 50_050])).splitlines()
+    epochs = {line.split()[0]: line.split()[6:8] for line in lines if line.startswith("  web-") or "opus" in line[:8]}
+    assert epochs == {"web-en": ["<0.001"] * 2, "web-ko": ["0.198"] * 2, "opus-ko": ["0.000"] * 2}
+
+
 def tool(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/curriculum.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False)

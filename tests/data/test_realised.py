@@ -113,6 +113,10 @@ def test_the_table_says_what_the_report_says() -> None:
         (lambda lines: [*lines, lines[-1][:40]], "line 43: no step of a run"),
         (lambda lines: [*lines[:3], *lines[4:]], "line 4: step 5 to sample 240 does not follow"),
         (lambda lines: [*lines[:2], lines[1]], "line 3: step 2 to sample 96 does not follow"),
+        (
+            lambda lines: [lines[0], lines[1].replace('"samples": 96', '"samples": 48')],
+            "line 2: step 2 to sample 48 does",
+        ),
         (lambda lines: [lines[0].replace("web-ko", "web-xx")], "line 1: source 'web-xx' is not in the plan"),
         (lambda lines: [lines[0].replace('"samples": 48', '"samples": 4800')], "line 1: step 1 to sample 4800"),
         (lambda lines: [lines[0].replace('"step": 1', '"step": true')], "line 1: no step of a run"),
@@ -150,6 +154,7 @@ def test_windows_of_a_run_are_whole_steps_of_one_stage() -> None:
     assert all(a.end == b.begin and a.end % 30 == 0 for a, b in itertools.pairwise(seen))
     assert [w.stage for w in seen] == sorted(w.stage for w in seen) and {w.stage for w in seen} == {0, 1}
     assert all(w.end - w.begin >= 64 or w.end == 1020 for w in seen[:-1])
+    assert 1020 in {w.end for w in seen}, "the last step that begins in the first stage ends a window"
     for window in seen:
         found = plan().sampler().samples(window.begin, window.end)[0]
         assert window.shares["en"] == pytest.approx((found == 0).mean()) and sum(

@@ -155,6 +155,12 @@ def test_stages_that_the_layout_cannot_have_are_refused_at_once(
         check(staged(tmp_path, stages=stages, **options), world)
 
 
+def test_a_stage_with_nothing_but_a_wrong_rate_of_its_own_is_named(tmp_path: Path) -> None:
+    stages = [{"name": "one", "tokens": 640, "non_english_share": 0.3, "min_lr": 0.1}]
+    with pytest.raises(ConfigError, match=r"^stage 'one': min_lr \(0.1\) must not exceed lr \(0.001\)"):
+        check(staged(tmp_path, stages=stages), 1)
+
+
 def test_a_ramp_up_must_end_before_a_stage_has_batches_of_its_own(tmp_path: Path) -> None:
     stages = [{"name": "one", "tokens": 640, "non_english_share": 0.3}, STAGES[1] | {"seq_length": None}]
     fits = tiny_prepared(staged(tmp_path, stages=stages, rampup_batch_size=[2, 2, 40]))
