@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import run_to_end, tiny_config, tiny_prepared, tiny_run
+from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.checks import check
 from megapoly.errors import CheckpointError, ConfigError
+from megapoly.model.count import flops_per_token
 from megapoly.optim.schedule import check_phases, learning_rate, phases_of, rate_at
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ScheduleConfig
 from megapoly.train.loop import train
+from megapoly.train.main import dry_run
 from megapoly.train.prepare import Prepared, _changes_since, _starting_point
 from megapoly.train.setup import build_run
 
@@ -127,6 +129,20 @@ def test_a_stage_with_a_rate_begins_a_schedule_up_to_the_next_that_does() -> Non
 def test_rates_that_cannot_be_are_refused_with_the_stage(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_phases(phases_of(ScheduleConfig(lr=1.0, min_lr=0.1), [("a", 1, {}), ("b", 11, given)], 20))
+
+
+def test_the_dry_run_tells_work_and_memory_of_the_longest_sequences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = tiny_prepared(staged(tmp_path))
+    dry_run(prepared, 1)
+    told = capsys.readouterr().out
+    works = [flops_per_token(dataclasses.replace(prepared.cfg.model, seq_length=n), VOCAB) / 1e9 for n in (16, 32, 8)]
+    parts = ", ".join(f"{work:.4g} in sequences of {n}" for work, n in zip(works, (16, 32, 8), strict=True))
+    assert f"; {parts} GFLOP a token" in told and len(set(works)) == 3
+    assert "memory a rank in stage 'long' with sequences of 32: " in told
+    dry_run(tiny_prepared(tiny_config(tmp_path, "gpt2")), 1)
+    assert " in sequences of" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ refusals
