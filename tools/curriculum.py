@@ -59,13 +59,14 @@ def main(argv: list[str]) -> None:
     plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
     check_stages(cfg, dp=1)
     rows = read_rows(Path(options.run) / "metrics.jsonl", plan) if options.run else []
+    report = share_report(plan, rows, cfg.data.eod_mask_loss) if rows else summary(plan)
     if options.samples is not None:
         lines = samples(plan, *parse_range(options.samples, plan.num_samples))
         sys.stdout.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     elif options.json:
-        print(json.dumps(share_report(plan, rows) if rows else summary(plan), indent=2, ensure_ascii=False))
+        print(json.dumps(report, indent=2, ensure_ascii=False))
     elif rows:
-        print(describe_shares(share_report(plan, rows)))
+        print(describe_shares(report))
     else:
         print(describe(plan), draw_text(plan, colours=sys.stdout.isatty()), sep="\n\n")
     if options.png is not None:

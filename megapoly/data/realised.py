@@ -1,5 +1,6 @@
 """What a run has read, by its own metrics.jsonl, beside its plan: shares and losses by stage and language."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ KEYS = {"step": int, "samples": int, "stage": str, "tokens_by_source": dict, "lo
 def read_rows(path: Path, plan: Plan) -> list[Row]:
     """The rows of metrics.jsonl, step after step; DataError names the line that is none of this plan's run."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a row that is being written is left out
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise DataError(f"{path}: cannot be read ({reason}); give the folder of a run that has begun") from None
@@ -35,7 +36,7 @@ def read_rows(path: Path, plan: Plan) -> list[Row]:
         if unknown := sorted(set(row["tokens_by_source"]) - names):
             raise DataError(f"{path}, line {number}: source '{unknown[0]}' is not in the plan")
         samples = row["samples"]
-        rows.append(row)
+        rows.append({key: row[key] for key in KEYS})
     if not rows:
         raise DataError(f"{path}: holds no step; give the folder of a run that has begun")
     return rows
@@ -46,12 +47,12 @@ def stage_of(plan: Plan, rows: Sequence[Row], at: int) -> int:
     return plan.stage_at(rows[at - 1]["samples"] if at else 0)
 
 
-def share_report(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+def share_report(plan: Plan, rows: Sequence[Row], has_masked_labels: bool = False) -> dict[str, Any]:
     """Planned and realised shares, tokens and losses by language of each stage that has begun, as plain data.
 
     A step counts in the stage of its first sample, its plan is that of its own samples. `off_by_samples` is what was
     read beyond the plan; `steps_off_the_plan` are those whose tokens of some source are not those of the sampler's
-    samples (where labels are masked, their tokens are fewer).
+    samples, None where masked labels, which are not counted, keep that from being told.
     """
     number_of = [stage_of(plan, rows, at) for at in range(len(rows))]
     ends = [0] + [row["samples"] for row in rows]
@@ -76,17 +77,19 @@ def share_report(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
         "steps": len(rows),
         "samples": ends[-1],
         "of_samples": plan.num_samples,
-        "steps_off_the_plan": [
-            row["step"] for row, begin in zip(rows, ends, strict=False) if _is_off(plan, row, begin)
-        ],
+        "steps_off_the_plan": None if has_masked_labels else _steps_off(plan, rows, ends),
         "stages": reports,
     }
 
 
-def _is_off(plan: Plan, row: Row, begin: int) -> bool:
-    counts = zip(plan.sampler().counts(begin), plan.sampler().counts(row["samples"]), strict=True)
-    wanted = [(after - before) * plan.block_length for before, after in counts]
-    return wanted != [row["tokens_by_source"].get(source.name, 0) for source in plan.sources]
+def _steps_off(plan: Plan, rows: Sequence[Row], ends: Sequence[int]) -> list[int]:
+    counts = [plan.sampler().counts(end) for end in ends]
+    found = []
+    for row, (before, after) in zip(rows, itertools.pairwise(counts), strict=True):
+        wanted = [(b - a) * plan.block_length for a, b in zip(before, after, strict=True)]
+        if wanted != [row["tokens_by_source"].get(source.name, 0) for source in plan.sources]:
+            found.append(row["step"])
+    return found
 
 
 def _language_rows(plan: Plan, rows: Sequence[Row], planned: Sequence[float], samples: int) -> list[dict[str, Any]]:
@@ -135,11 +138,8 @@ def losses_by_language(plan: Plan, rows: Sequence[Row], groups: Mapping[str, str
 
 def describe_shares(report: dict[str, Any]) -> str:
     """The report as tables to read."""
-    off = report["steps_off_the_plan"]
-    said = f"{len(off)} of them not, first step {off[0]}" if off else "without exception"
     lines = [
-        f"{report['steps']:,} steps, {report['samples']:,} of {report['of_samples']:,} samples; "
-        f"each step has the tokens of each source that the plan gives it, {said}"
+        f"{report['steps']:,} steps, {report['samples']:,} of {report['of_samples']:,} samples; {_exactness(report)}"
     ]
     for stage in report["stages"]:
         table = [["language", "planned", "realised", "off by samples", "tokens", "first loss", "last loss"]]
@@ -152,3 +152,11 @@ def describe_shares(report: dict[str, Any]) -> str:
         planned, real = stage["planned_non_english_share"], stage["non_english_share"]
         lines.append(f"  non-English {real:.3%}, planned {planned:.3%}")
     return "\n".join([*lines, "", "losses are means over the first and the last fifth of a stage's steps"])
+
+
+def _exactness(report: dict[str, Any]) -> str:
+    off = report["steps_off_the_plan"]
+    if off is None:
+        return "labels are masked, so that tokens and samples are not compared step by step"
+    said = f"{len(off)} of them not, first step {off[0]}" if off else "without exception"
+    return f"each step has the tokens of each source that the plan gives it, {said}"

@@ -89,6 +89,8 @@ def test_a_step_with_other_tokens_than_the_plans_is_named() -> None:
     assert report["steps_off_the_plan"] == [7, 10]
     assert "2 of them not, first step 7" in describe_shares(report)
     assert "without exception" in describe_shares(share_report(plan(), rows_of(plan())))
+    masked = share_report(plan(), rows, has_masked_labels=True)
+    assert masked["steps_off_the_plan"] is None and "2,000 samples; labels are masked" in describe_shares(masked)
 
 
 def test_the_table_says_what_the_report_says() -> None:
@@ -129,6 +131,8 @@ def test_rows_of_no_run_of_this_plan_are_refused_by_their_line(tmp_path: Path, d
     with pytest.raises(DataError, match=message) as caught:
         read_rows(path, plan())
     assert "\n" not in str(caught.value)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(plan())) + '{"step": 43, "sam')
+    assert len(read_rows(path, plan())) == 42, "a row that is being written is left out"
     path.unlink()
     with pytest.raises(DataError, match=r"cannot be read \(No such file"):
         read_rows(path, plan())
