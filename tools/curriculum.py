@@ -14,7 +14,7 @@ from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.plan_picture import draw_text
 from megapoly.data.plan_png import draw_png
 from megapoly.data.plan_report import describe, parse_range, samples, summary
-from megapoly.data.realised import describe_shares, read_rows, share_report
+from megapoly.data.realised import describe_shares, read_steps, share_report
 from megapoly.errors import ConfigError, exit_on_error
 
 SYNOPSIS = "usage: tools/curriculum.py {CONFIG | --run RUN} [--json] [--samples A:B] [--png FILE] [--flag value ..]"
@@ -58,19 +58,19 @@ def main(argv: list[str]) -> None:
     check_training(cfg)
     plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
     check_stages(cfg, dp=1)
-    rows = read_rows(Path(options.run) / "metrics.jsonl", plan) if options.run else []
-    report = share_report(plan, rows, cfg.data.eod_mask_loss) if rows else summary(plan)
+    steps = read_steps(Path(options.run) / "metrics.jsonl", plan) if options.run else None
+    report = share_report(plan, steps, cfg.data.eod_mask_loss) if steps else summary(plan)
     if options.samples is not None:
         lines = samples(plan, *parse_range(options.samples, plan.num_samples))
         sys.stdout.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     elif options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
-    elif rows:
+    elif steps:
         print(describe_shares(report))
     else:
         print(describe(plan), draw_text(plan, colours=sys.stdout.isatty()), sep="\n\n")
     if options.png is not None:
-        draw_png(plan, options.png, rows)
+        draw_png(plan, options.png, steps)
         print(f"picture: {options.png}", file=sys.stderr)
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from megapoly.data.curriculum import Plan
 from megapoly.data.plan_picture import SAMPLES_OF_WINDOW, Window, colour_of, short, stack_order, windows
-from megapoly.data.realised import Row, losses_by_language, stage_of, tokens_by_language
-from megapoly.data.sources import language_of
+from megapoly.data.realised import Steps, by_language, losses_by_language
 from megapoly.errors import ConfigError
 
 WINDOWS = 400
@@ -41,17 +40,15 @@ class Groups:
 
 def groups_of(plan: Plan) -> Groups:
     """English, code and the languages with enough tokens by themselves; two thin ones and more as one group."""
-    order, tokens = stack_order(plan), dict.fromkeys(map(language_of, plan.sources), 0)
-    for source, count in zip(plan.sources, plan.sampler().counts(plan.num_samples), strict=True):
-        tokens[language_of(source)] += count
+    order, tokens = stack_order(plan), by_language(plan, plan.sampler().counts(plan.num_samples))
     thin = [x for x in order if tokens[x] < LEAST_OF_RUN * plan.num_samples and x not in ("en", "code")]
     together = f"{len(thin)} others" if len(thin) > 1 else ""
     group_of = {x: together if together and x in thin else x for x in order}
     return Groups(order, group_of, colour_of(order) | {together: OTHERS_COLOUR})
 
 
-def draw_png(plan: Plan, path: str, rows: Sequence[Row] = ()) -> None:
-    """Draw the plan as the sampler serves it, or with the rows of metrics.jsonl what the run has read, and its losses.
+def draw_png(plan: Plan, path: str, steps: Steps | None = None) -> None:
+    """Draw the plan as the sampler serves it, or with the steps of a run what it has read, and its losses.
 
     ConfigError without matplotlib or a place to write.
     """
@@ -60,15 +57,15 @@ def draw_png(plan: Plan, path: str, rows: Sequence[Row] = ()) -> None:
     except ImportError:
         raise ConfigError(f"{path}: drawing needs matplotlib; pip install 'megapoly[plot]'") from None
     groups = groups_of(plan)
-    figure = Figure(figsize=(13, 7.5 if rows else 6.0), layout="constrained")
-    heights = [3, 2] if rows else [1]
+    figure = Figure(figsize=(13, 7.5 if steps else 6.0), layout="constrained")
+    heights = [3, 2] if steps else [1]
     grid = figure.add_gridspec(len(heights), 2, width_ratios=[2.6, 1], height_ratios=heights)
     shares = figure.add_subplot(grid[0, 0])
-    _draw_shares(plan, groups, _windows_of_run(plan, rows) if rows else windows(plan, WINDOWS), shares)
+    _draw_shares(plan, groups, _windows_of_run(plan, steps) if steps else windows(plan, WINDOWS), shares)
     panels = [shares]
-    if rows:
+    if steps:
         panels.append(figure.add_subplot(grid[1, 0], sharex=shares))
-        _draw_losses(plan, groups, rows, panels[1])
+        _draw_losses(plan, groups, steps, panels[1])
     for axes in panels:
         axes.set_xlim(0, plan.num_samples * plan.block_length)
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
@@ -76,24 +73,26 @@ def draw_png(plan: Plan, path: str, rows: Sequence[Row] = ()) -> None:
             axes.axvline(stage.begin_sample * plan.block_length, color="black", linewidth=1.2)
     panels[-1].set_xlabel("tokens")
     _name_stages(plan, shares)
-    _draw_languages(plan, groups.order, rows, figure.add_subplot(grid[:, 1]))
+    _draw_languages(plan, groups.order, steps, figure.add_subplot(grid[:, 1]))
     try:
         figure.savefig(path, format="png", dpi=100)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _windows_of_run(plan: Plan, rows: Sequence[Row]) -> list[Window]:
+def _windows_of_run(plan: Plan, steps: Steps) -> list[Window]:
     """Steps of one stage put together until they have samples enough to show shares."""
-    least = max(plan.num_samples // WINDOWS, SAMPLES_OF_WINDOW)
-    found, first, begin = [], 0, 0
-    for at, row in enumerate(rows):
-        stage, is_last = stage_of(plan, rows, at), at == len(rows) - 1
-        if is_last or row["samples"] - begin >= least or stage_of(plan, rows, at + 1) != stage:
-            tokens = tokens_by_language(plan, rows[first : at + 1])
-            total = sum(tokens.values())
-            found.append(Window(begin, row["samples"], stage, {x: n / total for x, n in tokens.items()}))
-            first, begin = at + 1, row["samples"]
+    least, found = max(plan.num_samples // WINDOWS, SAMPLES_OF_WINDOW), []
+    borders = steps.of_stages(plan)
+    for stage, (first, end) in enumerate(itertools.pairwise(borders)):
+        begin = first
+        for last in range(first + 1, end + 1):
+            before, after = steps.ends[[begin, last]].tolist()
+            if last == end or after - before >= least:
+                tokens = by_language(plan, steps.tokens_RS[begin:last].sum(0).tolist())
+                total = max(sum(tokens.values()), 1)
+                found.append(Window(before, after, stage, {x: n / total for x, n in tokens.items()}))
+                begin = last
     return found
 
 
@@ -105,13 +104,7 @@ def _draw_shares(plan: Plan, groups: Groups, seen: Sequence[Window], axes: Any) 
     axes.stackplot(edges, heights, step="post", colors=[groups.colours[name] for name in groups.names], linewidth=0)
     stretches = [stretch for stage in plan.stages for stretch in stage.stretches()]
     at = [begin * plan.block_length for begin, _, _ in stretches] + [plan.num_samples * plan.block_length]
-    languages = [language_of(source) for source in plan.sources]
-    planned = []
-    for _, _, shares in stretches:
-        by_language = dict.fromkeys(languages, 0.0)
-        for language, share in zip(languages, shares, strict=True):
-            by_language[language] += float(share)
-        planned.append(groups.sums(by_language))
+    planned = [groups.sums(by_language(plan, map(float, shares))) for _, _, shares in stretches]
     level = [0.0] * len(planned)
     for name in groups.names[:-1]:
         level = [below + 100 * of[name] for below, of in zip(level, planned, strict=True)]
@@ -126,15 +119,14 @@ def _draw_shares(plan: Plan, groups: Groups, seen: Sequence[Window], axes: Any) 
     axes.set(ylim=(0, 100), ylabel="share of the tokens, %")
 
 
-def _draw_losses(plan: Plan, groups: Groups, rows: Sequence[Row], axes: Any) -> None:
+def _draw_losses(plan: Plan, groups: Groups, steps: Steps, axes: Any) -> None:
     """Mean loss of each group over stretches of the run."""
-    number = min(len(rows), LOSS_POINTS)
-    borders = [len(rows) * i // number for i in range(number + 1)]
+    number = min(steps.num, LOSS_POINTS)
+    borders = [steps.num * i // number for i in range(number + 1)]
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in groups.names}
     for first, last in itertools.pairwise(borders):
-        part, begin = rows[first:last], rows[first - 1]["samples"] if first else 0
-        middle = (begin + part[-1]["samples"]) / 2 * plan.block_length
-        for name, loss in losses_by_language(plan, part, groups.group_of).items():
+        middle = float(steps.ends[first] + steps.ends[last]) / 2 * plan.block_length
+        for name, loss in losses_by_language(plan, steps, first, last, groups.group_of).items():
             points[name].append((middle, loss))
     for name, found in points.items():
         colour = "#7d8793" if groups.colours[name] == OTHERS_COLOUR else groups.colours[name]
@@ -154,11 +146,11 @@ def _name_stages(plan: Plan, axes: Any) -> None:
         axes.text((begin + end) / 2, 101, label, va="bottom", fontsize=9, clip_on=False, **way)
 
 
-def _draw_languages(plan: Plan, order: Sequence[str], rows: Sequence[Row], axes: Any) -> None:
+def _draw_languages(plan: Plan, order: Sequence[str], steps: Steps | None, axes: Any) -> None:
     """A line for each language with its share of every stage, on a logarithmic scale: planned a bar, real a dot."""
     place = {language: i for i, language in enumerate(order)}
     for number, stage in enumerate(plan.stages):
-        planned, real = _of_stage(plan, number, rows)
+        planned, real = _of_stage(plan, number, steps)
         colour = STAGE_COLOURS[number % len(STAGE_COLOURS)]
         wanted = [(100 * planned[x], place[x]) for x in order if planned[x]]
         axes.scatter(*zip(*wanted, strict=True), marker="|", s=110, color=colour, linewidth=1.8)
@@ -175,19 +167,14 @@ def _draw_languages(plan: Plan, order: Sequence[str], rows: Sequence[Row], axes:
     axes.legend(loc="best", fontsize=9)
 
 
-def _of_stage(plan: Plan, number: int, rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:
-    """Planned and realised shares by language of a stage; realised by the rows where there are any."""
-    stage, languages = plan.stages[number], [language_of(source) for source in plan.sources]
-    planned = dict.fromkeys(languages, 0.0)
-    for language, share in zip(languages, stage.shares, strict=True):
-        planned[language] += float(share)
-    if rows:
-        own = [row for at, row in enumerate(rows) if stage_of(plan, rows, at) == number]
-        counts = tokens_by_language(plan, own)
+def _of_stage(plan: Plan, number: int, steps: Steps | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Planned and realised shares by language of a stage; realised by the steps of a run where there is one."""
+    stage = plan.stages[number]
+    if steps is not None:
+        first, last = steps.of_stages(plan)[number : number + 2]
+        counts = by_language(plan, steps.tokens_RS[first:last].sum(0).tolist())
     else:
-        counts = dict.fromkeys(languages, 0)
-        ends = zip(plan.sampler().counts(stage.end_sample), plan.sampler().counts(stage.begin_sample), strict=True)
-        for language, (after, before) in zip(languages, ends, strict=True):
-            counts[language] += after - before
+        after, before = by_language(plan, plan.sampler().counts(stage.end_sample)), stage.begin_sample
+        counts = {x: after[x] - n for x, n in by_language(plan, plan.sampler().counts(before)).items()}
     total = max(sum(counts.values()), 1)
-    return planned, {language: count / total for language, count in counts.items()}
+    return by_language(plan, map(float, stage.shares)), {x: count / total for x, count in counts.items()}

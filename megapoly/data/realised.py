@@ -1,104 +1,135 @@
 """What a run has read, by its own metrics.jsonl, beside its plan: shares and losses by stage and language."""
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from megapoly.data.curriculum import Plan
 from megapoly.data.plan_report import aligned
 from megapoly.data.sources import language_of
 from megapoly.errors import DataError
 
-Row = dict[str, Any]
 FIFTH = 5  # the first and the last loss of a stage are means over this part of its steps
-KEYS = {"step": int, "samples": int, "stage": str, "tokens_by_source": dict, "loss_by_source": dict}
+MOST = 1 << 60
+KEYS = {"step": int, "samples": int, "tokens_by_source": dict, "loss_by_source": dict}
 
 
-def read_rows(path: Path, plan: Plan) -> list[Row]:
-    """The rows of metrics.jsonl, step after step; DataError names the line that is none of this plan's run."""
+@dataclass(frozen=True)
+class Steps:
+    """R steps of a run over the S sources of its plan.
+
+    `ends` are the samples before the first step and after each, R + 1 numbers; a loss is NaN where there is none.
+    """
+
+    ends: npt.NDArray[np.int64]
+    tokens_RS: npt.NDArray[np.int64]
+    losses_RS: npt.NDArray[np.float64]
+
+    @property
+    def num(self) -> int:
+        return len(self.tokens_RS)
+
+    def of_stages(self, plan: Plan) -> list[int]:
+        """The first step (from 0) of each stage, whose first sample is in it, and the number of steps."""
+        borders = [stage.begin_sample for stage in plan.stages[1:]]
+        return [0, *np.searchsorted(self.ends[:-1], borders).tolist(), self.num]
+
+
+def read_steps(path: Path, plan: Plan) -> Steps:
+    """The steps of metrics.jsonl; DataError names the line that is none of this plan's run."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a row that is being written is left out
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise DataError(f"{path}: cannot be read ({reason}); give the folder of a run that has begun") from None
-    names, rows, samples = {source.name for source in plan.sources}, [], 0
-    for number, line in enumerate(lines, start=1):
+    if not lines:
+        raise DataError(f"{path}: holds no step; give the folder of a run that has begun")
+    return _steps(path, lines, plan)
+
+
+def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
+    column = {source.name: i for i, source in enumerate(plan.sources)}
+    tokens_RS = np.zeros((len(lines), len(column)), np.int64)
+    losses_RS = np.full(tokens_RS.shape, np.nan)
+    ends = [0]
+    for number, line in enumerate(lines):
+        where = f"{path}, line {number + 1}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in KEYS.items()):
-            raise DataError(f"{path}, line {number}: no step of a run; a resume of the run drops torn lines")
-        if row["step"] != number or not samples < row["samples"] <= plan.num_samples:
-            raise DataError(f"{path}, line {number}: step {row['step']} to sample {row['samples']} does not follow")
-        if unknown := sorted(set(row["tokens_by_source"]) - names):
-            raise DataError(f"{path}, line {number}: source '{unknown[0]}' is not in the plan")
-        samples = row["samples"]
-        rows.append({key: row[key] for key in KEYS})
-    if not rows:
-        raise DataError(f"{path}: holds no step; give the folder of a run that has begun")
-    return rows
+            raise DataError(f"{where}: no step of a run; a resume of the run drops torn lines")
+        if row["step"] != number + 1 or not ends[-1] < row["samples"] <= plan.num_samples:
+            raise DataError(f"{where}: step {row['step']} to sample {row['samples']} does not follow")
+        if unknown := sorted({*row["tokens_by_source"], *row["loss_by_source"]} - set(column)):
+            raise DataError(f"{where}: source '{unknown[0]}' is not in the plan")
+        ends.append(row["samples"])
+        for cells, key in ((tokens_RS, "tokens_by_source"), (losses_RS, "loss_by_source")):
+            for name, value in row[key].items():
+                if value is None:  # a loss that was not finite
+                    continue
+                if not (isinstance(value, (int, float)) and 0 <= value <= MOST):
+                    raise DataError(f"{where}: {key} of '{name}' is {str(value)[:40]}, no number of a run")
+                cells[number, column[name]] = value
+    return Steps(np.array(ends), tokens_RS, losses_RS)
 
 
-def stage_of(plan: Plan, rows: Sequence[Row], at: int) -> int:
-    """The stage of row `at`: that of its step's first sample."""
-    return plan.stage_at(rows[at - 1]["samples"] if at else 0)
-
-
-def share_report(plan: Plan, rows: Sequence[Row], has_masked_labels: bool = False) -> dict[str, Any]:
+def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> dict[str, Any]:
     """Planned and realised shares, tokens and losses by language of each stage that has begun, as plain data.
 
     A step counts in the stage of its first sample, its plan is that of its own samples. `off_by_samples` is what was
     read beyond the plan; `steps_off_the_plan` are those whose tokens of some source are not those of the sampler's
     samples, None where masked labels, which are not counted, keep that from being told.
     """
-    number_of = [stage_of(plan, rows, at) for at in range(len(rows))]
-    ends = [0] + [row["samples"] for row in rows]
-    reports = []
-    for number, stage in enumerate(plan.stages):
-        own = [at for at, other in enumerate(number_of) if other == number]
-        if own:
-            begin, end = ends[own[0]], ends[own[-1] + 1]
-            of_stage, planned = [rows[at] for at in own], plan.planned_shares(begin, end)
-            read = [sum(row["tokens_by_source"].get(s.name, 0) for row in of_stage) for s in plan.sources]
-            reports.append(
-                {
-                    "stage": stage.name,
-                    "samples": end - begin,
-                    "steps": len(own),
-                    "planned_non_english_share": plan.non_english_share(planned),
-                    "non_english_share": plan.non_english_share(read),
-                    "languages": _language_rows(plan, of_stage, planned, end - begin),
-                }
-            )
+    borders, reports = steps.of_stages(plan), []
+    for stage, first, last in zip(plan.stages, borders, borders[1:], strict=False):
+        if first == last:
+            continue
+        begin, end = steps.ends[[first, last]].tolist()
+        planned, read = plan.planned_shares(begin, end), steps.tokens_RS[first:last].sum(0).tolist()
+        reports.append(
+            {
+                "stage": stage.name,
+                "samples": end - begin,
+                "steps": last - first,
+                "planned_non_english_share": plan.non_english_share(planned),
+                "non_english_share": plan.non_english_share(read),
+                "languages": _language_rows(plan, steps, first, last, planned),
+            }
+        )
     return {
-        "steps": len(rows),
-        "samples": ends[-1],
+        "steps": steps.num,
+        "samples": int(steps.ends[-1]),
         "of_samples": plan.num_samples,
-        "steps_off_the_plan": None if has_masked_labels else _steps_off(plan, rows, ends),
+        "steps_off_the_plan": None if has_masked_labels else _steps_off(plan, steps),
         "stages": reports,
     }
 
 
-def _steps_off(plan: Plan, rows: Sequence[Row], ends: Sequence[int]) -> list[int]:
-    counts = [plan.sampler().counts(end) for end in ends]
-    found = []
-    for row, (before, after) in zip(rows, itertools.pairwise(counts), strict=True):
-        wanted = [(b - a) * plan.block_length for a, b in zip(before, after, strict=True)]
-        if wanted != [row["tokens_by_source"].get(source.name, 0) for source in plan.sources]:
-            found.append(row["step"])
-    return found
+def _steps_off(plan: Plan, steps: Steps) -> list[int]:
+    counts = np.array([plan.sampler().counts(end) for end in steps.ends.tolist()])
+    is_off = (np.diff(counts, axis=0) * plan.block_length != steps.tokens_RS).any(axis=1)
+    return (1 + np.flatnonzero(is_off)).tolist()
 
 
-def _language_rows(plan: Plan, rows: Sequence[Row], planned: Sequence[float], samples: int) -> list[dict[str, Any]]:
-    languages = [language_of(source) for source in plan.sources]
-    share, tokens = dict.fromkeys(languages, 0.0), tokens_by_language(plan, rows)
-    for language, part in zip(languages, planned, strict=True):
-        share[language] += part
-    total, end = sum(tokens.values()), -(-len(rows) // FIFTH)
-    first, last = losses_by_language(plan, rows[:end]), losses_by_language(plan, rows[-end:])
+def _language_rows(
+    plan: Plan, steps: Steps, first: int, last: int, planned: Sequence[float]
+) -> list[dict[str, Any]]:  # fmt: skip
+    share, tokens = by_language(plan, planned), by_language(plan, steps.tokens_RS[first:last].sum(0).tolist())
+    total, samples, part = (
+        max(sum(tokens.values()), 1),
+        int(steps.ends[last] - steps.ends[first]),
+        -(-(last - first) // FIFTH),
+    )
+    at_first, at_last = (
+        losses_by_language(plan, steps, *ends) for ends in ((first, first + part), (last - part, last))
+    )
     return [
         {
             "language": language,
@@ -106,34 +137,36 @@ def _language_rows(plan: Plan, rows: Sequence[Row], planned: Sequence[float], sa
             "share": tokens[language] / total,
             "off_by_samples": samples * (tokens[language] / total - share[language]),
             "tokens": tokens[language],
-            "first_loss": first.get(language),
-            "last_loss": last.get(language),
+            "first_loss": at_first.get(language),
+            "last_loss": at_last.get(language),
         }
-        for language in dict.fromkeys(languages)
+        for language in share
         if share[language] or tokens[language]
     ]
 
 
-def tokens_by_language(plan: Plan, rows: Sequence[Row]) -> dict[str, int]:
-    """Tokens of each language of the plan in some steps."""
-    sums = dict.fromkeys((language_of(source) for source in plan.sources), 0)
-    for source in plan.sources:
-        sums[language_of(source)] += sum(row["tokens_by_source"].get(source.name, 0) for row in rows)
+def by_language(plan: Plan, values: Iterable[Any]) -> dict[str, Any]:
+    """Sums by language, code as its own, of values by source."""
+    sums: dict[str, Any] = {}
+    for source, value in zip(plan.sources, values, strict=True):
+        sums[language_of(source)] = sums.get(language_of(source), 0) + value
     return sums
 
 
-def losses_by_language(plan: Plan, rows: Sequence[Row], groups: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Mean token losses over some steps of the languages that had a token, or of groups of languages."""
+def losses_by_language(
+    plan: Plan, steps: Steps, first: int, last: int, groups: Mapping[str, str] | None = None
+) -> dict[str, float]:  # fmt: skip
+    """Mean token losses over steps first to last of the languages that had a token, or of groups of languages."""
+    tokens_RS, losses_RS = steps.tokens_RS[first:last], steps.losses_RS[first:last]
+    tokens_RS = np.where(np.isnan(losses_RS), 0, tokens_RS)
+    totals = by_language(plan, (tokens_RS * np.nan_to_num(losses_RS)).sum(0).tolist())
+    counts = by_language(plan, tokens_RS.sum(0).tolist())
     sums: dict[str, list[float]] = {}
-    for source in plan.sources:
-        language = language_of(source)
+    for language, count in counts.items():
         found = sums.setdefault(groups[language] if groups else language, [0.0, 0.0])
-        for row in rows:
-            tokens, loss = row["tokens_by_source"].get(source.name, 0), row["loss_by_source"].get(source.name)
-            if tokens and loss is not None:
-                found[0] += tokens * loss
-                found[1] += tokens
-    return {name: total / tokens for name, (total, tokens) in sums.items() if tokens}
+        found[0] += totals[language]
+        found[1] += count
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def describe_shares(report: dict[str, Any]) -> str:

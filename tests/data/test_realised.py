@@ -12,7 +12,7 @@ from test_curriculum import config_file as config_file  # a fixture
 from megapoly.config import load_config
 from megapoly.data.curriculum import Plan, make_plan, open_sources
 from megapoly.data.plan_png import LEAST_OF_RUN, _windows_of_run, draw_png, groups_of
-from megapoly.data.realised import describe_shares, losses_by_language, read_rows, share_report
+from megapoly.data.realised import Steps, _steps, describe_shares, losses_by_language, read_steps, share_report
 from megapoly.errors import DataError
 
 RAMP = DIAL | {"name": "rising", "non_english_share": {"from": 0.3, "to": 0.9}, "code_share": 0.1}
@@ -45,8 +45,12 @@ def rows_of(plan: Plan, batch: int = 48, end: int | None = None) -> list[dict[st
     return rows
 
 
+def steps_of(rows: list[dict[str, Any]]) -> Steps:
+    return _steps(Path("metrics.jsonl"), [json.dumps(row) for row in rows], plan())
+
+
 def test_shares_are_those_of_the_tokens_and_the_plan_is_that_of_the_same_samples() -> None:
-    report = share_report(plan(), rows_of(plan()))
+    report = share_report(plan(), steps_of(rows_of(plan())))
     assert (report["steps"], report["samples"], report["of_samples"]) == (42, 2000, 2000)
     assert report["steps_off_the_plan"] == []
     one, rising = report["stages"]
@@ -67,17 +71,17 @@ def test_shares_are_those_of_the_tokens_and_the_plan_is_that_of_the_same_samples
 
 def test_losses_are_means_over_tokens_of_the_first_and_the_last_fifth_of_the_steps() -> None:
     plan_, rows = plan(), rows_of(plan(), end=1000)
-    (stage,) = share_report(plan_, rows)["stages"]
+    (stage,) = share_report(plan_, steps_of(rows))["stages"]
     ko = next(row for row in stage["languages"] if row["language"] == "ko")
     for key, part in (("first_loss", rows[:5]), ("last_loss", rows[-5:])):
         sums = [(row["tokens_by_source"].get(n, 0), row["loss_by_source"].get(n, 0.0)) for row in part
                 for n in ("web-ko", "opus-ko")]  # fmt: skip
         assert ko[key] == pytest.approx(sum(n * loss for n, loss in sums) / sum(n for n, _ in sums))
     rows[0]["loss_by_source"] = dict.fromkeys(rows[0]["loss_by_source"])  # a loss that was not finite
-    assert losses_by_language(plan_, rows[:1]) == {}
+    assert losses_by_language(plan_, steps_of(rows), 0, 1) == {}
     groups = {"en": "all", "ko": "all", "code": "all"}
-    both = losses_by_language(plan_, rows[1:2])
-    assert min(both.values()) < losses_by_language(plan_, rows[1:2], groups)["all"] < max(both.values())
+    both = losses_by_language(plan_, steps_of(rows), 1, 2)
+    assert min(both.values()) < losses_by_language(plan_, steps_of(rows), 1, 2, groups)["all"] < max(both.values())
 
 
 def test_a_step_with_other_tokens_than_the_plans_is_named() -> None:
@@ -85,16 +89,16 @@ def test_a_step_with_other_tokens_than_the_plans_is_named() -> None:
     rows[6]["tokens_by_source"]["web-en"] -= 100
     rows[6]["tokens_by_source"]["web-ko"] += 100
     rows[9]["tokens_by_source"].pop("opus-ko", None)
-    report = share_report(plan(), rows)
+    report = share_report(plan(), steps_of(rows))
     assert report["steps_off_the_plan"] == [7, 10]
     assert "2 of them not, first step 7" in describe_shares(report)
-    assert "without exception" in describe_shares(share_report(plan(), rows_of(plan())))
-    masked = share_report(plan(), rows, has_masked_labels=True)
+    assert "without exception" in describe_shares(share_report(plan(), steps_of(rows_of(plan()))))
+    masked = share_report(plan(), steps_of(rows), has_masked_labels=True)
     assert masked["steps_off_the_plan"] is None and "2,000 samples; labels are masked" in describe_shares(masked)
 
 
 def test_the_table_says_what_the_report_says() -> None:
-    report = share_report(plan(), rows_of(plan(), end=528))
+    report = share_report(plan(), steps_of(rows_of(plan(), end=528)))
     lines = describe_shares(report).splitlines()
     assert lines[0].startswith("11 steps, 528 of 2,000 samples; ") and "one: 528 samples in 11 steps" in lines
     en = next(line for line in lines if line.startswith("  en ")).split()
@@ -123,19 +127,25 @@ def test_the_table_says_what_the_report_says() -> None:
         (lambda lines: [lines[0].replace('"samples": 48', '"samples": 4800')], "line 1: step 1 to sample 4800"),
         (lambda lines: [lines[0].replace('"step": 1', '"step": true')], "line 1: no step of a run"),
         (lambda lines: ["[1, 2]"], "line 1: no step of a run"),
+        (lambda lines: [lines[0].replace("3400", "-3400")], "line 1: tokens_by_source of 'web-en' is -3400, no number"),
+        (
+            lambda lines: [lines[0].replace("3400", "1e300")],
+            r"line 1: tokens_by_source of 'web-en' is 1e\+300, no number",
+        ),
+        (lambda lines: [lines[0].replace("9.999", '"9"', 1)], "line 1: loss_by_source of 'web-en' is 9, no number"),
     ],
 )
 def test_rows_of_no_run_of_this_plan_are_refused_by_their_line(tmp_path: Path, damage: Any, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f"{line}\n" for line in damage([json.dumps(row) for row in rows_of(plan())])))
     with pytest.raises(DataError, match=message) as caught:
-        read_rows(path, plan())
+        read_steps(path, plan())
     assert "\n" not in str(caught.value)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(plan())) + '{"step": 43, "sam')
-    assert len(read_rows(path, plan())) == 42, "a row that is being written is left out"
+    assert read_steps(path, plan()).num == 42, "a row that is being written is left out"
     path.unlink()
     with pytest.raises(DataError, match=r"cannot be read \(No such file"):
-        read_rows(path, plan())
+        read_steps(path, plan())
 
 
 def test_thin_languages_are_one_area_and_the_others_have_their_own() -> None:
@@ -153,7 +163,7 @@ def test_thin_languages_are_one_area_and_the_others_have_their_own() -> None:
 
 
 def test_windows_of_a_run_are_whole_steps_of_one_stage() -> None:
-    seen = _windows_of_run(plan(), rows_of(plan(), batch=30))
+    seen = _windows_of_run(plan(), steps_of(rows_of(plan(), batch=30)))
     assert seen[0].begin == 0 and seen[-1].end == 2000
     assert all(a.end == b.begin and a.end % 30 == 0 for a, b in itertools.pairwise(seen))
     assert [w.stage for w in seen] == sorted(w.stage for w in seen) and {w.stage for w in seen} == {0, 1}
@@ -190,7 +200,7 @@ def test_the_areas_of_a_run_are_what_it_read(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     rows = rows_of(plan(), end=1000)  # half of the run, 30% Korean
-    draw_png(plan(), str(tmp_path / "run.png"), rows)
+    draw_png(plan(), str(tmp_path / "run.png"), steps_of(rows))
     image = (imread(tmp_path / "run.png")[..., :3] * 255).round().astype(int)
     colours = groups_of(plan()).colours
     area = {x: (abs(image - [int(colours[x][i : i + 2], 16) for i in (1, 3, 5)]).sum(2) == 0) for x in ("en", "ko")}
