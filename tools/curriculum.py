@@ -14,7 +14,7 @@ from megapoly.data.curriculum import make_plan, open_sources
 from megapoly.data.plan_picture import draw_text
 from megapoly.data.plan_png import draw_png
 from megapoly.data.plan_report import describe, parse_range, samples, summary
-from megapoly.data.realised import describe_shares, read_steps, share_report
+from megapoly.data.realised import config_of, describe_shares, read_steps, share_report
 from megapoly.errors import ConfigError, exit_on_error
 
 SYNOPSIS = "usage: tools/curriculum.py {CONFIG | --run RUN} [--json] [--samples A:B] [--png FILE] [--flag value ..]"
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(words)
     known = ("run", "json", "samples", "png", "config")
     refuse_unknown([word for word in rest if word.startswith("-")], known=known)
-    configs = [*options.config, *rest, *([str(Path(options.run) / "config.yaml")] if options.run else [])]
+    configs = [*options.config, *rest, *([config_of(options.run)] if options.run else [])]
     if len(configs) != 1:
         given = f"{len(configs)} configs are given ({', '.join(configs)}); give one"
         raise ConfigError(given if configs else f"no config is given; {SYNOPSIS}")

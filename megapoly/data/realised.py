@@ -1,6 +1,7 @@
 """What a run has read, by its own metrics.jsonl, beside its plan: shares and losses by stage and language."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,18 @@ from megapoly.errors import DataError
 
 FIFTH = 5  # the first and the last loss of a stage are means over this part of its steps
 MOST = 1 << 60
+Row = dict[str, Any]
 KEYS = {"step": int, "samples": int, "tokens_by_source": dict, "loss_by_source": dict}
 
 
 @dataclass(frozen=True)
 class Steps:
-    """R steps of a run over the S sources of its plan.
+    """R steps of a run over the S sources of its plan, the first of which is step number `first`.
 
     `ends` are the samples before the first step and after each, R + 1 numbers; a loss is NaN where there is none.
     """
 
+    first: int
     ends: npt.NDArray[np.int64]
     tokens_RS: npt.NDArray[np.int64]
     losses_RS: npt.NDArray[np.float64]
@@ -35,9 +38,17 @@ class Steps:
         return len(self.tokens_RS)
 
     def of_stages(self, plan: Plan) -> list[int]:
-        """The first step (from 0) of each stage, whose first sample is in it, and the number of steps."""
+        """The row of each stage's first step, whose first sample is in the stage, and the number of rows."""
         borders = [stage.begin_sample for stage in plan.stages[1:]]
         return [0, *np.searchsorted(self.ends[:-1], borders).tolist(), self.num]
+
+
+def config_of(run: str) -> str:
+    """The configuration of a run, by its folder."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise DataError(f"--run {run}: has no config.yaml; give the folder of a run that has begun")
+    return str(path)
 
 
 def read_steps(path: Path, plan: Plan) -> Steps:
@@ -56,28 +67,39 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
     column = {source.name: i for i, source in enumerate(plan.sources)}
     tokens_RS = np.zeros((len(lines), len(column)), np.int64)
     losses_RS = np.full(tokens_RS.shape, np.nan)
-    ends = [0]
+    first, ends = 1, [0]
     for number, line in enumerate(lines):
         where = f"{path}, line {number + 1}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in KEYS.items()):
-            raise DataError(f"{where}: no step of a run; a resume of the run drops torn lines")
-        if row["step"] != number + 1 or not ends[-1] < row["samples"] <= plan.num_samples:
+        row = _row(line, where)
+        if number == 0:
+            first = max(row["step"], 1)
+        if row["step"] != first + number or not ends[-1] < row["samples"] <= plan.num_samples:
             raise DataError(f"{where}: step {row['step']} to sample {row['samples']} does not follow")
-        if unknown := sorted({*row["tokens_by_source"], *row["loss_by_source"]} - set(column)):
-            raise DataError(f"{where}: source '{unknown[0]}' is not in the plan")
         ends.append(row["samples"])
         for cells, key in ((tokens_RS, "tokens_by_source"), (losses_RS, "loss_by_source")):
             for name, value in row[key].items():
-                if value is None:  # a loss that was not finite
-                    continue
-                if not (isinstance(value, (int, float)) and 0 <= value <= MOST):
-                    raise DataError(f"{where}: {key} of '{name}' is {str(value)[:40]}, no number of a run")
+                if name not in column:
+                    raise DataError(f"{where}: source '{name}' is not in the plan")
                 cells[number, column[name]] = value
-    return Steps(np.array(ends), tokens_RS, losses_RS)
+    if first > 1:  # it went on from a checkpoint elsewhere
+        ends[0] = ends[1] - -(-int(tokens_RS[0].sum()) // plan.block_length)
+    return Steps(first, np.array(ends), tokens_RS, losses_RS)
+
+
+def _row(line: str, where: str) -> Row:
+    """A row with all of KEYS and numbers in them; a loss that was not finite is NaN."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in KEYS.items()):
+        raise DataError(f"{where}: no step of a run; a resume of the run drops torn lines")
+    row["loss_by_source"] = {name: math.nan if x is None else x for name, x in row["loss_by_source"].items()}
+    for key, kinds in (("tokens_by_source", int), ("loss_by_source", (int, float))):
+        for name, value in row[key].items():
+            if not isinstance(value, kinds) or value < 0 or value > MOST:
+                raise DataError(f"{where}: {key} of '{name}' is {str(value)[:40]}, no number of a run")
+    return row
 
 
 def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> dict[str, Any]:
@@ -104,6 +126,7 @@ def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> d
             }
         )
     return {
+        "first_step": steps.first,
         "steps": steps.num,
         "samples": int(steps.ends[-1]),
         "of_samples": plan.num_samples,
@@ -115,7 +138,7 @@ def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> d
 def _steps_off(plan: Plan, steps: Steps) -> list[int]:
     counts = np.array([plan.sampler().counts(end) for end in steps.ends.tolist()])
     is_off = (np.diff(counts, axis=0) * plan.block_length != steps.tokens_RS).any(axis=1)
-    return (1 + np.flatnonzero(is_off)).tolist()
+    return (steps.first + np.flatnonzero(is_off)).tolist()
 
 
 def _language_rows(
@@ -171,9 +194,9 @@ def losses_by_language(
 
 def describe_shares(report: dict[str, Any]) -> str:
     """The report as tables to read."""
-    lines = [
-        f"{report['steps']:,} steps, {report['samples']:,} of {report['of_samples']:,} samples; {_exactness(report)}"
-    ]
+    since = f" from step {report['first_step']:,} on" if report["first_step"] > 1 else ""
+    size = f"{report['steps']:,} steps{since}, to sample {report['samples']:,} of {report['of_samples']:,}"
+    lines = [f"{size}; {_exactness(report)}"]
     for stage in report["stages"]:
         table = [["language", "planned", "realised", "off by samples", "tokens", "first loss", "last loss"]]
         for row in stage["languages"]:

@@ -94,13 +94,26 @@ def test_a_step_with_other_tokens_than_the_plans_is_named() -> None:
     assert "2 of them not, first step 7" in describe_shares(report)
     assert "without exception" in describe_shares(share_report(plan(), steps_of(rows_of(plan()))))
     masked = share_report(plan(), steps_of(rows), has_masked_labels=True)
-    assert masked["steps_off_the_plan"] is None and "2,000 samples; labels are masked" in describe_shares(masked)
+    assert masked["steps_off_the_plan"] is None and "to sample 2,000 of 2,000; labels are masked" in describe_shares(
+        masked
+    )
+
+
+def test_a_run_that_went_on_from_a_checkpoint_elsewhere_begins_where_that_ended() -> None:
+    whole, later = (share_report(plan(), steps_of(rows)) for rows in (rows_of(plan()), rows_of(plan())[30:]))
+    assert later["first_step"] == 31 and later["steps"] == 12 and later["steps_off_the_plan"] == []
+    assert [stage["stage"] for stage in later["stages"]] == ["rising"]
+    assert later["stages"][0]["samples"] == 2000 - 30 * 48 and whole["stages"][1]["samples"] == 992
+    assert describe_shares(later).startswith("12 steps from step 31 on, to sample 2,000 of 2,000; each step")
+    rows = rows_of(plan())[30:]
+    rows[4]["tokens_by_source"]["web-en"] -= 100
+    assert share_report(plan(), steps_of(rows))["steps_off_the_plan"] == [35]
 
 
 def test_the_table_says_what_the_report_says() -> None:
     report = share_report(plan(), steps_of(rows_of(plan(), end=528)))
     lines = describe_shares(report).splitlines()
-    assert lines[0].startswith("11 steps, 528 of 2,000 samples; ") and "one: 528 samples in 11 steps" in lines
+    assert lines[0].startswith("11 steps, to sample 528 of 2,000; ") and "one: 528 samples in 11 steps" in lines
     en = next(line for line in lines if line.startswith("  en ")).split()
     row = report["stages"][0]["languages"][0]
     assert en == [
@@ -117,6 +130,7 @@ def test_the_table_says_what_the_report_says() -> None:
     [
         (lambda lines: [], "holds no step"),
         (lambda lines: [*lines, lines[-1][:40]], "line 43: no step of a run"),
+        (lambda lines: [lines[0].replace('"step": 1', '"step": 0')], "line 1: step 0 to sample 48 does not follow"),
         (lambda lines: [*lines[:3], *lines[4:]], "line 4: step 5 to sample 240 does not follow"),
         (lambda lines: [*lines[:2], lines[1]], "line 3: step 2 to sample 96 does not follow"),
         (
@@ -189,7 +203,7 @@ def test_the_tool_shows_a_run(config_file: Path, tmp_path: Path) -> None:
     assert report["steps"] == 11 and [stage["stage"] for stage in report["stages"]] == ["one", "two"]
     for words, message in (
         ([str(config_file), "--run", str(tmp_path)], "2 configs are given"),
-        (["--run", str(tmp_path / "none")], "is neither a file nor a preset"),
+        (["--run", str(tmp_path / "none")], "none: has no config.yaml; give the folder of a run"),
     ):
         done = tool(*words)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
