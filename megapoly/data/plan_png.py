@@ -1,7 +1,7 @@
 """The plan as PNG, or a run beside its plan: shares over tokens, losses below, every language's share to the right."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def _draw_losses(plan: Plan, groups: Groups, steps: Steps, axes: Any) -> None:
     for name, found in points.items():
         colour = "#7d8793" if groups.colours[name] == OTHERS_COLOUR else groups.colours[name]
         axes.plot(*zip(*found, strict=True), color=colour, label=name, linewidth=1.6) if found else None
-    axes.legend(loc="upper right", fontsize=9)
+    axes.legend(loc="best", fontsize=9)
     axes.grid(axis="y", color="#e3e3e3", linewidth=0.6)
     axes.set_ylabel("loss, nats a token")
 
@@ -168,13 +168,16 @@ def _draw_languages(plan: Plan, order: Sequence[str], steps: Steps | None, axes:
 
 
 def _of_stage(plan: Plan, number: int, steps: Steps | None) -> tuple[dict[str, float], dict[str, float]]:
-    """Planned and realised shares by language of a stage; realised by the steps of a run where there is one."""
+    """Planned and realised shares by language of a stage; of a run, both of the samples that it has read."""
     stage = plan.stages[number]
-    if steps is not None:
+    planned: Iterable[float] = map(float, stage.shares)
+    if steps is None:
+        before, after = (plan.sampler().counts(end) for end in (stage.begin_sample, stage.end_sample))
+        counts = by_language(plan, (b - a for a, b in zip(before, after, strict=True)))
+    else:
         first, last = steps.of_stages(plan)[number : number + 2]
         counts = by_language(plan, steps.tokens_RS[first:last].sum(0).tolist())
-    else:
-        after, before = by_language(plan, plan.sampler().counts(stage.end_sample)), stage.begin_sample
-        counts = {x: after[x] - n for x, n in by_language(plan, plan.sampler().counts(before)).items()}
+        if first < last:
+            planned = plan.planned_shares(*steps.ends[[first, last]].tolist())
     total = max(sum(counts.values()), 1)
-    return by_language(plan, map(float, stage.shares)), {x: count / total for x, count in counts.items()}
+    return by_language(plan, planned), {x: count / total for x, count in counts.items()}

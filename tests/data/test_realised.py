@@ -11,7 +11,7 @@ from test_curriculum import config_file as config_file  # a fixture
 
 from megapoly.config import load_config
 from megapoly.data.curriculum import Plan, make_plan, open_sources
-from megapoly.data.plan_png import LEAST_OF_RUN, _windows_of_run, draw_png, groups_of
+from megapoly.data.plan_png import LEAST_OF_RUN, _of_stage, _windows_of_run, draw_png, groups_of
 from megapoly.data.realised import Steps, _steps, describe_shares, losses_by_language, read_steps, share_report
 from megapoly.errors import DataError
 
@@ -174,6 +174,18 @@ def test_thin_languages_are_one_area_and_the_others_have_their_own() -> None:
     assert len(set(groups.colours.values())) == len(groups.colours)
     weights |= {"web-th": 20, "web-ko": 20}
     assert "he" in groups_of(plan_of(sources, [{"name": "s", "tokens": 900_000, "weights": weights}])).names
+
+
+def test_the_shares_of_a_stage_are_compared_over_the_samples_that_were_read() -> None:
+    part = steps_of(rows_of(plan(), end=1480))  # half of the ramp from 30% to 90%
+    planned, real = _of_stage(plan(), 1, part)
+    assert real["ko"] == pytest.approx(planned["ko"], abs=0.005) and planned["ko"] == pytest.approx(
+        0.9 * 0.45, abs=0.01
+    )
+    whole = _of_stage(plan(), 1, None)
+    assert whole[0]["ko"] == pytest.approx(0.9 * 0.6) and whole[1]["ko"] == pytest.approx(0.9 * 0.6, abs=0.002)
+    not_begun = _of_stage(plan(), 1, steps_of(rows_of(plan(), end=480)))
+    assert not_begun == (whole[0], {"en": 0.0, "ko": 0.0, "code": 0.0})
 
 
 def test_windows_of_a_run_are_whole_steps_of_one_stage() -> None:
