@@ -1,4 +1,5 @@
 # make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
+# make curriculum-run CORPUS=folder           a curriculum on real text: killed, resumed, on other ranks, made longer
 # make test                                   all tests
 # make test-parity                            every three parallel options together, on up to 16 ranks
 # make check                                  format, lint, types, tests
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 DATA ?=
+CORPUS ?=
 FLAGS ?=
 TEXT_FLAGS ?=
 BIN := .venv/bin
@@ -21,12 +23,15 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test test-parity check install clean
+.PHONY: pretrain curriculum-run test test-parity check install clean
 .PHONY: bench bench-step bench-host bench-data bench-record bench-tune kernels-report
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
 	$(BIN)/python examples/quickstart.py $(if $(DATA),--data $(DATA)) $(FLAGS)
+
+curriculum-run: .venv/installed-test
+	$(BIN)/python examples/curriculum_run.py --corpus $(CORPUS) $(FLAGS)
 
 test: .venv/installed-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted

@@ -6,6 +6,8 @@ from megapoly.errors import ConfigError
 from megapoly.run_checks import at_least_zero, bounded, check_batches, check_rates, multiples, positive
 from megapoly.sections import Config, ModelConfig, ParallelConfig, PrecisionConfig, Stage, TrainConfig
 
+RATES = ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init")
+
 
 def check_model(m: ModelConfig) -> None:
     """Refuse sizes that no transformer can have."""
@@ -182,7 +184,7 @@ def block_length_of(cfg: Config) -> int:
 
 
 def check_stages(cfg: Config, dp: int) -> None:
-    """Refuse stages whose own batch size or sequence length the model or the layout cannot have."""
+    """Refuse stages with rates that cannot be, or with batches or sequences that model or layout cannot have."""
     block = block_length_of(cfg)
     for stage in cfg.curriculum.stages:
         length = stage.seq_length or cfg.model.seq_length
@@ -190,9 +192,11 @@ def check_stages(cfg: Config, dp: int) -> None:
         model = dataclasses.replace(cfg.model, seq_length=length, max_position_embeddings=cfg.model.max_positions)
         own = dataclasses.replace(cfg, model=model, train=dataclasses.replace(train, rampup_batch_size=None))
         batch, sequences = train.global_batch_size, block // length
+        rates = {key: getattr(stage, key) for key in RATES if getattr(stage, key) is not None}
         try:
             positive(global_batch_size=stage.global_batch_size, seq_length=stage.seq_length,
                       lr_wsd_decay_iters=stage.lr_wsd_decay_iters)  # fmt: skip
+            check_rates(dataclasses.replace(cfg.schedule, **rates))
             bounded(2**20, global_batch_size=batch)
             bounded(2**24, seq_length=length)
             check_model(model)
@@ -205,7 +209,7 @@ def check_stages(cfg: Config, dp: int) -> None:
                     f"tokens in a block of {block:,}: {multiples(batch, sequences)}"
                 )
         except ConfigError as error:
-            is_own = stage.seq_length is not None or stage.global_batch_size is not None
+            is_own = rates or stage.seq_length is not None or stage.global_batch_size is not None
             raise ConfigError(f"stage '{stage.name}': {error}" if is_own else str(error)) from None
 
 

@@ -6,6 +6,7 @@ each is also a flag (`megapoly.cli`).
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from importlib import resources
@@ -28,9 +29,10 @@ def preset_names() -> list[str]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, or the whole list where none is close."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+    """`did you mean 'x'?` for the closest known word or those that it is a part of; the whole list where none is."""
+    close = [name for name in known if word in name.split("_")] or difflib.get_close_matches(word, known, 1, 0.6)
+    asked = " or ".join(f"'{name}'" for name in close)
+    return f"did you mean {asked}?" if 0 < len(close) < 4 else f"known: {', '.join(sorted(known))}"
 
 
 def _read_layer(name_or_path: str) -> tuple[dict[str, Any], str]:
@@ -77,7 +79,9 @@ def load_layers(name_or_path: str) -> list[tuple[dict[str, Any], str]]:
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """Check and convert one plain value to the type of its field; integral floats serve as integers."""
+    takes_mapping = False
     if isinstance(hint, types.UnionType):
+        takes_mapping = any(typing.get_origin(arg) is dict for arg in hint.__args__)
         if value is None and type(None) in hint.__args__:
             return None
         members = [arg for arg in hint.__args__ if arg is not type(None)]
@@ -104,7 +108,18 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return build(typing.cast(type, hint), value, where)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     kind = "a list" if typing.get_origin(hint) is list else names.get(hint, "a mapping of keys")
-    raise ConfigError(f"{where} must be {kind}, not {repr(value)[:80]}")
+    kind += " or a mapping of keys" * (hint is float and takes_mapping)
+    raise ConfigError(f"{where} must be {kind}, not {repr(value)[:80]}{_as_number(value) * (hint in (int, float))}")
+
+
+def _as_number(value: Any) -> str:
+    """How a number with a unit, as people write it, is written in YAML."""
+    number = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
+    match = re.fullmatch(f"{number} ?([%KMBT])", value) if isinstance(value, str) else None
+    if match is None:
+        return ""
+    powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
+    return f"; write {match[1]}{powers[match[2]]}" if match[2] in powers else f"; write {float(match[1]) / 100:.12g}"
 
 
 def build(cls: type, tree: dict[str, Any], where: str) -> Any:
@@ -114,7 +129,8 @@ def build(cls: type, tree: dict[str, Any], where: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(key), list(known))}")
+            at = f"it belongs into section '{LEAVES[key]}'" if key in LEAVES else nearest(str(key), list(known))
+            raise ConfigError(f"{where}: unknown key '{key}'; {at}")
         at = where + key.replace("_", "-") if where == "flag --" else f"{where}.{key}"
         values[key] = coerce(value, hints[key], at)
         choices = known[key].metadata.get("choices")

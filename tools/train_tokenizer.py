@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from megapoly.arguments import ArgumentParser
 from megapoly.data.preprocess import read_documents
 from megapoly.errors import ConfigError, TokenizerError, exit_on_error
+from megapoly.tokenizer import train
 from megapoly.tokenizer.fertility import fertility, table, write_png
 from megapoly.tokenizer.load import TOKENIZER_TYPES, Tokenizer, load_tokenizer
-from megapoly.tokenizer.train import UnsuitableText, balance_languages, train_byte_level_bpe, train_sentencepiece
 
 BYTE_LEVEL = ("split_digits", "nfc", "morpheme_separator")
 
@@ -48,23 +48,22 @@ def main() -> None:
     others = dict(other(given) for given in arguments.compare)
     options = {name: getattr(arguments, name) for name in BYTE_LEVEL}
     is_sentencepiece = arguments.tokenizer_type == TOKENIZER_TYPES[0]
-    if is_sentencepiece and any(options.values()):
-        wrong = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
-        raise ConfigError(f"{wrong}: for byte-level BPE, give --tokenizer-type HuggingFaceTokenizer")
+    if is_sentencepiece:
+        train.refuse_byte_level(options)
 
     def documents(paths: list[str]) -> Iterator[tuple[str, str]]:
         for document in read_documents(paths):
             yield str(document.get("lang", "und")), document["text"]
 
-    texts = balance_languages(lambda: documents(arguments.input), arguments.alpha, arguments.max_bytes)
+    texts = train.balance_languages(lambda: documents(arguments.input), arguments.alpha, arguments.max_bytes)
     special, size = arguments.special_tokens, arguments.vocab_size
     try:
         if is_sentencepiece:
             how = (arguments.model_type, arguments.character_coverage, special)
-            train_sentencepiece(texts, arguments.output, size, *how)
+            train.train_sentencepiece(texts, arguments.output, size, *how)
         else:
-            train_byte_level_bpe(texts, arguments.output, size, ("<|endoftext|>", *special), **options)
-    except UnsuitableText as error:
+            train.train_byte_level_bpe(texts, arguments.output, size, ("<|endoftext|>", *special), **options)
+    except train.UnsuitableText as error:
         raise TokenizerError(f"{', '.join(arguments.input)}: {error}") from None
     trained = load_tokenizer(arguments.tokenizer_type, arguments.output)
     print(f"{arguments.output}: {trained.vocab_size} pieces, end of document {trained.eod}")

@@ -184,7 +184,7 @@ def make_plan(cfg: Config, tokens_by_source: Sequence[int]) -> Plan:
             raise ConfigError(f"stage '{stage.name}': tokens ({stage.tokens}) is less than one slice of {length}")
         tokens += stage.tokens
         if tokens > MOST_TOKENS:
-            raise ConfigError(f"stage '{stage.name}': the budgets add up to {tokens} tokens, more than {MOST_TOKENS}")
+            raise ConfigError(f"stage '{stage.name}': the budgets add up to more than 2^60 tokens")
         end = -(-tokens // length)
         steps = share_steps(Mixture(stage, sources, counted, length, end - begin, taken))
         for step in steps:
@@ -205,6 +205,8 @@ def settings_of(stage: Stage) -> dict[str, Any]:
 
 def _refuse_duplicates(what: str, names: list[str]) -> None:
     for name in names:
+        if not name.strip():
+            raise ConfigError(f"a {what} has an empty name: give each {what} its own name")
         if names.count(name) > 1:
             raise ConfigError(f"{what} '{name}' appears {names.count(name)} times: give each {what} its own name")
 

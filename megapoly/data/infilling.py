@@ -89,7 +89,8 @@ def make_infilling(data: DataConfig, tokenizer: Tokenizer, seed: int) -> Infilli
         if found is None:
             raise TokenizerError(
                 f"{tokenizer.path}: has no token '{token}' for {option}, which fim_rate needs; "
-                f"name its own by --{option.replace('_', '-')}, or train one with it"
+                f"name its own by --{option.replace('_', '-')}, train one with --special-tokens '{token}', or set "
+                "fim_rate to 0"
             )
         marks[name] = found
     return Infilling(tokenizer.eod, rates=tuple(rates), spm_rate=spm_rate, seed=seed, **marks)

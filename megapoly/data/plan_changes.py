@@ -78,7 +78,9 @@ def _stage_changes(old: Plan, new: Plan, was: PlanStage | None, now: PlanStage |
         changes.append(PlanChange(since, f"{text}to sample {now.end_sample:,}"))
     if (other := _first_other_share(was, now)) is not None:
         moved = _moved(old, new, was, now)
-        text = f"{name} had {_dial(old, was)} non-English and has {_dial(new, now)}{moved}"
+        is_longer = was.samples != now.samples and max(len(was.steps), len(now.steps)) > 1
+        over = [f" over {_tokens(plan, stage)} tokens" * is_longer for plan, stage in ((old, was), (new, now))]
+        text = f"{name} had {_dial(old, was)} non-English{over[0]} and has {_dial(new, now)}{over[1]}{moved}"
         changes.append(PlanChange(other, text))
     if was.seq_length != now.seq_length:
         changes.append(PlanChange(begin, f"{name}: seq_length was {was.seq_length} and is {now.seq_length}"))

@@ -1,17 +1,14 @@
-"""A picture of the plan: the languages' realised shares over the run's tokens, stacked, on a terminal or as PNG."""
+"""A picture of the plan: the languages' shares as served, stacked, over the run's tokens; here on a terminal."""
 
 import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megapoly.data.curriculum import Plan
 from megapoly.data.sources import CODE, language_of
-from megapoly.errors import ConfigError
 
 SAMPLES_OF_WINDOW = 64  # fewer would show how samples alternate, not their shares
-PNG_WINDOWS = 400
 COLUMNS, ROWS = 88, 20
 RESET = "\x1b[0m"
 # Neighbours in the stack differ in hue, and the two rounds in lightness.
@@ -150,68 +147,3 @@ def _axis_labels(plan: Plan, widths: list[int]) -> list[str]:
 def _wrapped(text: str) -> list[str]:
     indent = " " * 7
     return textwrap.wrap(text, COLUMNS + 8, initial_indent=indent, subsequent_indent=indent)
-
-
-# ------------------------------------------------------------------------------------------------------ PNG
-
-
-def draw_png(plan: Plan, path: str) -> None:
-    """Stacked areas over tokens with the stages' borders, and the planned English share as a line upon them."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise ConfigError(f"{path}: drawing needs matplotlib; pip install 'megapoly[plot]'") from None
-    seen, order = windows(plan, PNG_WINDOWS), stack_order(plan)
-    colours, length = colour_of(order), plan.block_length
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    axes = figure.add_subplot()
-    edges = [window.begin * length for window in seen] + [seen[-1].end * length]
-    heights = [[100 * w.shares[x] for w in (*seen, seen[-1])] for x in order]
-    axes.stackplot(edges, heights, step="post", colors=[colours[x] for x in order], edgecolor="white", linewidth=0.25)
-    _mark_stages(plan, axes)
-    english = [i for i, source in enumerate(plan.sources) if language_of(source) == "en"]
-    steps = [(begin, sum(float(s[i]) for i in english)) for stage in plan.stages for begin, _, s in stage.stretches()]
-    at, planned = [begin * length for begin, _ in steps], [100 * share for _, share in steps]
-    if english:
-        line = ([*at, edges[-1]], [*planned, planned[-1]])
-        axes.step(*line, where="post", color="black", linewidth=1.0, linestyle=(0, (4, 2)), label="en as planned")
-    by_stage = _of_stages(plan)
-    labels = [f"{x:<5}" + " ".join(f"{100 * shares[x]:6.2f}" for shares in by_stage) for x in order]
-    handles: list[Any] = [Patch(facecolor=colours[x], label=label) for x, label in zip(order, labels, strict=True)]
-    handles = ([axes.get_lines()[-1]] if english else []) + handles
-    axes.legend(
-        handles=handles[::-1], loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, alignment="left",
-        prop={"family": "monospace", "size": 8.5}, title="share by stage, %", title_fontsize=9,
-    )  # fmt: skip
-    axes.set(xlim=(0, edges[-1]), ylim=(0, 100), xlabel="tokens", ylabel="share of the tokens, %")
-    axes.xaxis.set_major_formatter(lambda x, _: short(x))
-    axes.margins(0)
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _mark_stages(plan: Plan, axes: Any) -> None:
-    """A line at each border, and each stage's name and budget above; slanted where they would meet."""
-    widest = max(len(stage.name) * plan.num_samples / stage.samples for stage in plan.stages)
-    way = {"rotation": 30, "ha": "left"} if widest > 110 else {"ha": "center"}
-    for number, stage in enumerate(plan.stages):
-        begin, end = stage.begin_sample * plan.block_length, stage.end_sample * plan.block_length
-        if number:
-            axes.axvline(begin, color="black", linewidth=1.4)
-        label = f"{stage.name}\n{short(end - begin)} tokens" if widest <= 110 else stage.name
-        axes.text((begin + end) / 2, 101, label, va="bottom", fontsize=9, clip_on=False, **way)
-
-
-def _of_stages(plan: Plan) -> list[dict[str, float]]:
-    """Realised shares by language of each stage."""
-    languages, found = [language_of(source) for source in plan.sources], []
-    for stage in plan.stages:
-        counts = zip(plan.sampler().counts(stage.end_sample), plan.sampler().counts(stage.begin_sample), strict=True)
-        shares = dict.fromkeys(languages, 0.0)
-        for language, (after, before) in zip(languages, counts, strict=True):
-            shares[language] += (after - before) / stage.samples
-        found.append(shares)
-    return found

@@ -1,5 +1,6 @@
 """The plan to read: what each stage takes of each source and language, as the sampler really serves it."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -7,6 +8,7 @@ from typing import Any
 
 from megapoly.data.curriculum import Plan, PlanStage
 from megapoly.data.sources import language_of
+from megapoly.errors import ConfigError
 
 # More epochs than this cost quality (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
 MANY_EPOCHS = 4
@@ -102,6 +104,17 @@ def samples(plan: Plan, begin: int, end: int) -> Iterator[dict[str, Any]]:
             yield {"sample": sample, "stage": stage, "source": name, "epoch": epoch, "offset": offset}
 
 
+def parse_range(text: str, num_samples: int) -> tuple[int, int]:
+    """Begin and end of A:B, either left out or not; ConfigError for what is no range within the plan."""
+    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text)
+    if not match:
+        raise ConfigError(f"--samples ({text[:80]}) must be A:B, two sample numbers such as 0:100")
+    begin, end = int(match[1] or 0), int(match[2] or num_samples)
+    if not begin <= end <= num_samples:
+        raise ConfigError(f"--samples ({text}) must be a range within the plan's {num_samples} samples")
+    return begin, end
+
+
 # ---------------------------------------------------------------------------------------------------------- as text
 
 
@@ -159,12 +172,20 @@ def _table(rows: Sequence[dict[str, Any]], words: list[str]) -> list[str]:
     for row in rows:
         bar = ("#" * round(BAR_WIDTH * row["share"])).ljust(BAR_WIDTH)
         served = [f"{row['share']:.3%}", f"{row['tokens']:,}", f"{row['samples']:,}"]
-        epochs = [f"{row['epochs']:.3f}", f"{row['epochs_so_far']:.3f}"]
+        epochs = [_epochs(row["epochs"]), _epochs(row["epochs_so_far"])]
         table.append([*(row[word] for word in words), *served, *epochs, bar])
+    return [f"  {line}" for line in aligned(table, len(words))]
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.3f}" if number >= 0.001 or not number else "<0.001"
+
+
+def aligned(table: Sequence[Sequence[str]], words: int) -> list[str]:
+    """Rows as lines of columns: the first `words` to the left of theirs, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
     for line in table:
         cells = zip(line, widths, strict=True)
-        aligned = [c.ljust(w) if i < len(words) else c.rjust(w) for i, (c, w) in enumerate(cells)]
-        lines.append("  " + "  ".join(aligned).rstrip())
+        lines.append("  ".join(c.ljust(w) if i < words else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
     return lines

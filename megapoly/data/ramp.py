@@ -40,7 +40,9 @@ class Ramp:
             if key not in KEYS:
                 raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(key), list(KEYS))}")
         for key in ("from", "to"):
-            value = tree.get(key)
+            if key not in tree:
+                raise ConfigError(f"{where}: '{key}' is missing; a ramp is {{from: 0.3, to: 0.6}}")
+            value = tree[key]
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ConfigError(f"{where}: '{key}' must be a number, not {value!r}; a ramp is {{from: 0.3, to: 0.6}}")
         shape, steps = tree.get("shape", "linear"), tree.get("steps")

@@ -108,10 +108,14 @@ def _by_power(mix: Mixture) -> Shares:
     alpha, temperature = mix.stage.alpha, mix.stage.temperature
     if alpha is not None and not 0 <= alpha <= 1:
         hint = f"; a temperature of {alpha:g} is written temperature: {alpha:g}" if alpha > 1 else ""
-        raise ConfigError(f"stage '{mix.name}': alpha ({alpha}) must lie between 0 (all alike) and 1 (by tokens){hint}")
+        raise ConfigError(
+            f"stage '{mix.name}': alpha ({alpha:g}) must lie between 0 (all alike) and 1 (by tokens){hint}"
+        )
     if temperature is not None and not temperature >= 1:
         hint = f"; an exponent of {temperature:g} is written alpha: {temperature:g}" if temperature > 0 else ""
-        raise ConfigError(f"stage '{mix.name}': temperature ({temperature}) is 1 / alpha, at least 1 (by tokens){hint}")
+        raise ConfigError(
+            f"stage '{mix.name}': temperature ({temperature:g}) is 1 / alpha, at least 1 (by tokens){hint}"
+        )
     way = "alpha" if alpha is not None else "temperature"
     _refuse_empty(mix, way)
     tokens = dict.fromkeys(mix.languages, 0)
@@ -134,7 +138,7 @@ def _by_unimax(mix: Mixture) -> Shares:
     assert cap is not None
     if not 0 < cap <= 1000:
         raise ConfigError(
-            f"stage '{mix.name}': unimax ({cap}) is the most epochs of a source, above 0 and at most 1000"
+            f"stage '{mix.name}': unimax ({cap:g}) is the most epochs of a source, above 0 and at most 1000"
         )
     _refuse_empty(mix, "unimax")
     epochs = decimal(cap, f"stage '{mix.name}': unimax")

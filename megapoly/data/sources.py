@@ -68,7 +68,8 @@ def _refuse_language(source: Source) -> None:
 def decimal(value: float, where: str, most: float | None = None) -> Fraction:
     """The decimal as written, 0.1 is 1/10; ConfigError unless it is at least 0 and at most `most`."""
     if most is not None and not 0 <= value <= most:
-        raise ConfigError(f"{where} ({value}) must lie between 0 and {most:g}")
+        hint = f"; {value:g} per cent is written {value / 100:g}" if most == 1 and 2 <= value <= 100 else ""
+        raise ConfigError(f"{where} ({value:.15g}) must lie between 0 and {most:g}{hint}")
     if not 0 <= value < float("inf"):
-        raise ConfigError(f"{where} ({value}) must be a number of at least 0")
+        raise ConfigError(f"{where} ({value:.15g}) must be a number of at least 0")
     return Fraction(repr(value))

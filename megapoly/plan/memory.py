@@ -8,7 +8,7 @@ stages (at most 2 x stages, t H r each, are on their way) and what an allocator 
 tests/plan compares the numbers with a run of the training step itself on tensors without storage.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megapoly.parallel.schedule import schedule_for
@@ -166,13 +166,28 @@ def loss_activations(seat: Seat, tokens: int, ranks: int) -> int:
     return kept
 
 
+def stage_configs(cfg: Config) -> dict[str, Config]:
+    """The configuration as each stage runs it, with its own sequences and batches, by the stage's name."""
+    found = {}
+    for stage in cfg.curriculum.stages:
+        model = replace(cfg.model, seq_length=stage.seq_length or cfg.model.seq_length)
+        batch = stage.global_batch_size or cfg.train.global_batch_size
+        found[stage.name] = replace(cfg, model=model, train=replace(cfg.train, global_batch_size=batch))
+    return found
+
+
 def describe_memory(cfg: Config, vocab_size: int, split: tuple[int, ...], world: int) -> str:
-    """What the fullest pipeline rank holds, in one line; `split` is the number of layers of each global stage."""
-    ranks = cfg.parallel.pipeline_model_parallel_size
-    seats = [Seat(cfg, vocab_size, split, world, rank * world // ranks) for rank in range(ranks)]
-    states, activations = [state_bytes(seat) for seat in seats], [activation_bytes(seat) for seat in seats]
-    fullest = max(range(ranks), key=lambda rank: states[rank].bytes + activations[rank])
-    state, active = states[fullest], activations[fullest]
+    """What the fullest pipeline rank holds in the fullest stage of the curriculum, in one line.
+
+    `split` is the number of layers of each global stage of the pipeline.
+    """
+    ranks, configs = cfg.parallel.pipeline_model_parallel_size, stage_configs(cfg)
+    held = {}
+    for name, own in configs.items():
+        for rank in range(ranks):
+            seat = Seat(own, vocab_size, split, world, rank * world // ranks)
+            held[name, rank] = state_bytes(seat), activation_bytes(seat)
+    (name, fullest), (state, active) = max(held.items(), key=lambda entry: entry[1][0].bytes + entry[1][1])
     parts = {
         "parameters": state.parameters,
         "fp32 gradients": state.gradients + state.shard_gradients,
@@ -183,6 +198,8 @@ def describe_memory(cfg: Config, vocab_size: int, split: tuple[int, ...], world:
         parts["copy of the tied matrix"] = state.word_copy
     told = ", ".join(f"{what} {size / GIB:.3g}" for what, size in parts.items())
     which = f" on pipeline rank {fullest}, the fullest" if ranks > 1 else ""
+    if len({activations for (_, rank), (_, activations) in held.items() if rank == fullest}) > 1:
+        which += f" in stage '{name}' with sequences of {configs[name].model.seq_length:,}"
     return f"memory a rank{which}: {(state.bytes + active) / GIB:.3g} GiB ({told}), and what passes use and free"
 
 

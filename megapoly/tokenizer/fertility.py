@@ -54,7 +54,8 @@ def fertility(tokenizer: Tokenizer, documents: Documents) -> dict[str, Fertility
 def table(of_tokenizer: Mapping[str, Mapping[str, Fertility]]) -> str:
     """Lines of text: a language a line, for each tokenizer bytes a token, tokens a word and tokens a character."""
     width = 27
-    names = "".join(f"  {name[-width:]:>{width}}" for name in of_tokenizer)
+    shown = [name if len(name) <= width else f"…{name[1 - width :]}" for name in of_tokenizer]
+    names = "".join(f"  {name:>{width}}" for name in shown)
     units = "".join(f"  {'bytes/token':>{width - 13}} /word  /char" for _ in of_tokenizer)
     lines = [f"{'language':<8}{names}", f"{'':<8}{units}"]
     for language in dict.fromkeys(language for found in of_tokenizer.values() for language in found):

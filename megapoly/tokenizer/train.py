@@ -7,14 +7,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from megapoly.errors import TokenizerError
+from megapoly.errors import ConfigError, TokenizerError
 
 # SentencePiece silently skips a sentence with a tab or U+2585 (its own marks) and one over max_sentence_length. Cut
 # at those and at line ends nothing is lost: such characters become byte pieces, <0x0A> for a newline as in LLaMA.
@@ -152,6 +152,18 @@ def train_byte_level_bpe(
         end = _END_OF_TEXT if _END_OF_TEXT in special_tokens else special_tokens[0]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "add_prefix_space": False}
         _write(Path(path) / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def refuse_byte_level(options: Mapping[str, object]) -> None:
+    """Refuse (ConfigError) what a SentencePiece model cannot have.
+
+    Form C among it: a model's own normalisation replaces what a finite table lists, each place once, while a sign
+    composes with its letter past any number of signs of other classes (alef, kasra, hamza in vocalised Arabic).
+    """
+    wrong = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
+    if wrong:
+        why = " (no table of a .model gives form C of all text: bring the text into it before)" * bool(options["nfc"])
+        raise ConfigError(f"{wrong}: for byte-level BPE, give --tokenizer-type HuggingFaceTokenizer{why}")
 
 
 def balance_languages(

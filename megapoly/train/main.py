@@ -92,7 +92,13 @@ def dry_run(prepared: Prepared, world: int) -> None:
     count = num_parameters(m, prepared.vocab_size)
     pipeline = describe_pipeline(cfg, prepared.vocab_size, dp)
     print(cfg.to_yaml())
-    print(f"parameters: {count:,}; {flops_per_token(m, prepared.vocab_size) / 1e9:.4g} GFLOP a token")
+    lengths = list(dict.fromkeys(stage.seq_length for stage in prepared.plan.stages))
+    work = [flops_per_token(dataclasses.replace(m, seq_length=n), prepared.vocab_size) / 1e9 for n in lengths]
+    told = [
+        f"{flops:.4g}" + (f" in sequences of {n:,}" if len(work) > 1 else "")
+        for n, flops in zip(lengths, work, strict=True)
+    ]
+    print(f"parameters: {count:,}; {', '.join(told)} GFLOP a token")
     shared = f" x CP {layout.cp}" if layout.cp > 1 else ""
     split = " with sequence parallel" if cfg.parallel.sequence_parallel else ""
     print(f"layout: TP {tp}{split} x PP {pp} x DP {dp}{shared}; {pipeline}; {prepared.num_steps:,} steps")

@@ -138,7 +138,7 @@ REFUSALS: list[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any],
     ([EN, KO], [W | {"weights": {"web-en": float("inf")}}], {}, r"\(inf\)"),
     ([EN, KO], [W | {"weights": {"web-en": 0.0}}], {}, "add up to 0"),
     ([EN, KO], [W | {"weights": {}}], {}, "add up to 0"),
-    ([EN, KO | {"weight": -1.0}], [DIAL], {}, r"source 'web-ko': weight \(-1.0\)"),
+    ([EN, KO | {"weight": -1.0}], [DIAL], {}, r"source 'web-ko': weight \(-1\)"),
     ([EN, KO | {"weight": 0.0}], [DIAL], {}, "all non-English sources have weight 0"),
     ([EN, KO], [DIAL | {"non_english_share": 1.3}], {}, r"non_english_share \(1.3\) must lie between 0 and 1"),
     ([EN, KO, CODE], [DIAL | {"code_share": -0.1}], {}, r"code_share \(-0.1\) must lie between 0 and 1"),
@@ -149,9 +149,11 @@ REFUSALS: list[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any],
     ([EN, KO], [DIAL | {"weights": {"web-en": 1.0}}], {}, "gives weights and non_english_share"),
     ([EN, CODE], [W | {"weights": {"web-en": 1.0}, "code_share": 0.2}], {}, "gives weights and code_share"),
     ([EN, KO], [DIAL | {"tokens": 99}], {}, r"tokens \(99\) is less than one slice of 100"),
-    ([EN, KO], [DIAL | {"tokens": 2**61}], {}, "more than"),
+    ([EN, KO], [DIAL | {"tokens": 2**61}], {}, r"more than 2\^60 tokens"),
     ([EN, KO, KO], [DIAL], {}, "source 'web-ko' appears 2 times"),
     ([EN, KO], [DIAL, DIAL], {}, "stage 'one' appears 2 times"),
+    ([EN, KO], [DIAL | {"name": " "}], {}, "a stage has an empty name"),
+    ([EN, KO | {"name": ""}], [DIAL], {}, "a source has an empty name"),
     ([EN | {"kind": "parralel"}, KO], [DIAL], {}, "kind 'parralel' is unknown; did you mean 'parallel'"),
     ([EN | {"language": "EN"}, KO], [DIAL], {}, "source 'web-en': language 'EN' is no .*; write 'en'"),
     ([EN | {"language": "en-US"}, KO], [DIAL], {}, "language 'en-US' is no .*; write 'en'"),
@@ -246,6 +248,13 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "plan.yaml"
 
 
+def test_what_is_hardly_read_does_not_show_as_unread() -> None:
+    rare = {"name": "s", "tokens": 10_000, "weights": {"web-en": 1.0, "web-ko": 99.0}}
+    lines = describe(plan_of([EN, KO, OPUS], [rare], [1_000_000, 50_050, 50_050])).splitlines()
+    epochs = {line.split()[0]: line.split()[6:8] for line in lines if line.startswith("  web-") or "opus" in line[:8]}
+    assert epochs == {"web-en": ["<0.001"] * 2, "web-ko": ["0.198"] * 2, "opus-ko": ["0.000"] * 2}
+
+
 def tool(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/curriculum.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False)
@@ -283,6 +292,7 @@ def test_the_tool_prints_tables_json_and_samples(config_file: Path) -> None:
         (["--num-layers", "0"], "num_layers .0. must be positive"),
         (["--samplse", "0:1"], "unknown flag --samplse; did you mean 'samples'"),
         (["--data-root", "/nowhere"], "source 'web-en': no file /nowhere/web-en_text_document.idx"),
+        (["--lr", "1e-5", "--min-lr", "1e-4"], r"min_lr \(0.0001\) must not exceed lr \(1e-05\)"),
         (["--seq-length", "100000"], "too few for one slice|less than one slice"),
     ],
 )
@@ -296,4 +306,4 @@ def test_the_tool_ends_in_one_line_and_status_two(config_file: Path, words: list
 def test_the_tool_without_arguments_says_how_it_is_used() -> None:
     done = tool()
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch("error: .*usage: tools/curriculum.py CONFIG .*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"error: .*usage: tools/curriculum.py \{CONFIG \| --run RUN\} .*\n", done.stderr), done.stderr

@@ -1,13 +1,16 @@
 """A plan changed on the way: its past stays to the sample, without repeats and gaps, and every difference is named."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_curriculum import DIAL, EN, KO, OPUS, plan_of
+from test_curriculum import DIAL, EN, KO, OPUS, plan_of, tool
 
 from megapoly.data.curriculum import Plan
+from megapoly.data.indexed import IndexedDatasetWriter
 from megapoly.data.plan_changes import plan_changes
 
 EN_KO = [EN, KO | {"weight": 1.0}]
@@ -43,6 +46,34 @@ def test_stage_two_of_another_share_repeats_nothing_and_leaves_nothing_out() -> 
         6_000,
     ]
     assert {epoch for _, epoch, _ in seen} == {0}
+
+
+def test_the_files_and_the_tool_say_the_same_of_that_case(tmp_path: Path) -> None:
+    """Two sources of 62,000 slices on disk; the plan of 30%, then that with 60% appended, listed by the tool."""
+    for name in ("en", "ko"):
+        with IndexedDatasetWriter(str(tmp_path / f"{name}_text_document"), 100) as writer:
+            writer.add_document(np.arange(62_000 * 16 + 1) % 100)
+            writer.finalize()
+    sources = [{"name": name, "language": name} for name in ("en", "ko")]
+    one, two = (stage | {"tokens": 20_000 * 16} for stage in (ONE, TWO))
+
+    def listed(stages: list[dict[str, Any]], samples: str) -> dict[str, list[tuple[int, int]]]:
+        tree = {"model": {"seq_length": 16}, "data": {"data_root": str(tmp_path), "sources": sources}}
+        (tmp_path / "plan.yaml").write_text(json.dumps(tree | {"curriculum": {"stages": stages}}))
+        done = tool(str(tmp_path / "plan.yaml"), "--samples", samples)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, list[tuple[int, int]]] = {"en": [], "ko": []}
+        for line in map(json.loads, done.stdout.splitlines()):
+            found[line["source"]].append((line["epoch"], line["offset"]))
+        return found
+
+    first, then = listed([one], "0:20000"), listed([one, two], "20000:40000")
+    for name, expected in (("en", (14_000, 8_000)), ("ko", (6_000, 12_000))):
+        assert (len(first[name]), len(then[name])) == expected
+        seen = first[name] + then[name]
+        alone = {"name": "alone", "tokens": len(seen) * 16, "weights": {name: 1.0}}
+        assert len(set(seen)) == len(seen), "repeats"
+        assert listed([alone], ":")[name] == seen, "gaps"
 
 
 @given(st.integers(1, 19_999), st.floats(0, 1), st.booleans())
@@ -100,7 +131,9 @@ def test_a_ramp_of_another_length_differs_from_its_first_step_on() -> None:
     ramp = {"name": "two", "tokens": 100_000, "non_english_share": {"from": 0.3, "to": 0.6}}
     old, new = (plan_of([EN, KO], [DIAL, ramp | {"tokens": n}]) for n in (100_000, 120_000))
     found = {change.since: str(change) for change in plan_changes(old, new)}
-    assert set(found) == {1000, 2000} and "'two' had 0.3087 to 0.5911 non-English and has" in found[1000]
+    assert set(found) == {1000, 2000} and found[1000].startswith(
+        "stage 'two' had 0.3087 to 0.5911 non-English over 100,000 tokens and has 0.3083 to 0.5916 over 120,000 tokens"
+    )
 
 
 plans = st.lists(

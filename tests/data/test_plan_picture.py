@@ -12,7 +12,8 @@ from test_curriculum import CODE, DIAL, EN, KO, OPUS, plan_of, tool
 from test_curriculum import config_file as config_file  # a fixture
 
 from megapoly.data.curriculum import Plan
-from megapoly.data.plan_picture import colour_of, draw_png, draw_text, short, stack_order, symbols, windows
+from megapoly.data.plan_picture import colour_of, draw_text, short, stack_order, symbols, windows
+from megapoly.data.plan_png import draw_png
 from megapoly.errors import ConfigError
 
 EIGHTEEN = "en zh es fr pt ru de it ar ja ko th vi id nl pl tr he".split()

@@ -74,4 +74,5 @@ def test_exaone_has_two_rounds_and_hyperclova_x_longer_sequences_at_the_end() ->
     assert clova.block_length == 32768 and [stage.seq_length for stage in clova.stages] == [4096, 32768]
     assert summed(clova, 0, "language")["ko"] == pytest.approx(34)
     cfg = load_config("hyperclova-x")
+    assert (cfg.data.fim_rate, cfg.data.fim_spm_rate) == (0.5, 0.5)  # it learnt to fill in, either way
     assert check(cfg, 512) == 128

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,7 +259,7 @@ def test_what_text_costs_by_language(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert (found["x"].bytes_per_token, found["x"].tokens_per_word) == (12 / of_x, of_x / 3)
     assert found["x"].tokens_per_character == of_x / 11
     lines = table({"one": found, "a/rather/long/name/of/a/tokenizer.model": {"x": found["x"]}}).splitlines()
-    assert len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1 and "  …/name/of/a/tokenizer.model" in lines[0]
     assert f"{12 / of_x:.2f}" in lines[3] and lines[2].split()[4] == "-"
     write_png({"one": found, "other": {"x": found["x"]}}, str(tmp_path / "f.png"))
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
@@ -312,3 +314,14 @@ def test_no_merge_crosses_a_morpheme(tmp_path: Path) -> None:
     for wrong in ("", "ab"):
         with pytest.raises(TokenizerError, match="must be one character"):
             train_byte_level_bpe([separated], str(tmp_path / "n"), 275, morpheme_separator=wrong)
+
+
+@pytest.mark.parametrize("flag", ["--split-digits", "--nfc", "--morpheme-separator=@"])
+def test_what_a_sentencepiece_model_cannot_have_is_refused(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    command = [sys.executable, str(Path(__file__).parents[2] / "tools/train_tokenizer.py"), "--vocab-size", "300"]
+    files = ["--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "t.model")]
+    done = subprocess.run([*command, *files, flag], capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "t.model").exists()
+    assert done.stderr.startswith(f"error: {flag.partition('=')[0]}: for byte-level BPE")
+    assert done.stderr.count("\n") == 1 and ("bring the text into it before" in done.stderr) == (flag == "--nfc")

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import run_to_end, tiny_config, tiny_prepared, tiny_run
+from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.checks import check
 from megapoly.errors import CheckpointError, ConfigError
+from megapoly.model.count import flops_per_token
 from megapoly.optim.schedule import check_phases, learning_rate, phases_of, rate_at
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ScheduleConfig
 from megapoly.train.loop import train
+from megapoly.train.main import dry_run
 from megapoly.train.prepare import Prepared, _changes_since, _starting_point
 from megapoly.train.setup import build_run
 
@@ -129,6 +131,20 @@ def test_rates_that_cannot_be_are_refused_with_the_stage(given: dict[str, Any], 
         check_phases(phases_of(ScheduleConfig(lr=1.0, min_lr=0.1), [("a", 1, {}), ("b", 11, given)], 20))
 
 
+def test_the_dry_run_tells_work_and_memory_of_the_longest_sequences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = tiny_prepared(staged(tmp_path))
+    dry_run(prepared, 1)
+    told = capsys.readouterr().out
+    works = [flops_per_token(dataclasses.replace(prepared.cfg.model, seq_length=n), VOCAB) / 1e9 for n in (16, 32, 8)]
+    parts = ", ".join(f"{work:.4g} in sequences of {n}" for work, n in zip(works, (16, 32, 8), strict=True))
+    assert f"; {parts} GFLOP a token" in told and len(set(works)) == 3
+    assert "memory a rank in stage 'long' with sequences of 32: " in told
+    dry_run(tiny_prepared(tiny_config(tmp_path, "gpt2")), 1)
+    assert " in sequences of" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -137,6 +153,8 @@ def test_rates_that_cannot_be_are_refused_with_the_stage(given: dict[str, Any], 
     [
         ({"global_batch_size": 6}, {}, 4, r"^stage 'long': global_batch_size \(6\) must be a multiple of .* = 4"),
         ({"global_batch_size": 0}, {}, 1, r"^stage 'long': global_batch_size \(0\) must be positive"),
+        ({"lr": -1.0}, {}, 1, r"^stage 'long': lr \(-1.0\) must be a finite number of at least 0"),
+        ({"lr": 1e-5, "min_lr": 1e-4}, {}, 1, r"^stage 'long': min_lr \(0.0001\) must not exceed lr \(1e-05\)"),
         ({"seq_length": 12}, {}, 1, r"^stage 'long': seq_length \(12\) must divide block_length \(16\).* 12 or 24 would"),
         ({"seq_length": 64}, {}, 1, r"^stage 'long': max_position_embeddings \(32\) must be at least seq_length \(64\)"),
         ({"seq_length": 4, "global_batch_size": 6}, {}, 1, r"6\) must be a multiple of 4, the sequences of 4 tokens in a block of 16: 4 or 8"),
@@ -151,6 +169,12 @@ def test_stages_that_the_layout_cannot_have_are_refused_at_once(
     stages = [{"name": "one", "tokens": 640, "non_english_share": 0.3}, STAGES[1] | {"seq_length": None} | change]
     with pytest.raises(ConfigError, match=message):
         check(staged(tmp_path, stages=stages, **options), world)
+
+
+def test_a_stage_with_nothing_but_a_wrong_rate_of_its_own_is_named(tmp_path: Path) -> None:
+    stages = [{"name": "one", "tokens": 640, "non_english_share": 0.3, "min_lr": 0.1}]
+    with pytest.raises(ConfigError, match=r"^stage 'one': min_lr \(0.1\) must not exceed lr \(0.001\)"):
+        check(staged(tmp_path, stages=stages), 1)
 
 
 def test_a_ramp_up_must_end_before_a_stage_has_batches_of_its_own(tmp_path: Path) -> None:
