@@ -10,7 +10,7 @@ from megapoly.arguments import ArgumentParser
 from megapoly.checks import check_model, check_stages, check_training
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config
-from megapoly.data.curriculum import make_plan, open_sources
+from megapoly.data.curriculum import open_sources, plan_for
 from megapoly.data.plan_picture import draw_png, draw_text
 from megapoly.data.plan_report import describe, samples, summary
 from megapoly.errors import ConfigError, exit_on_error
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(configs[0], flags)
     check_model(cfg.model)
     check_training(cfg)
-    plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
+    plan = plan_for(cfg, open_sources(cfg))
     check_stages(cfg, dp=1)
     if options.samples is not None:
         lines = samples(plan, *parse_range(options.samples, plan.num_samples))

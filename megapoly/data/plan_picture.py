@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megapoly.data.curriculum import Plan
+from megapoly.data.curriculum import Number, Plan
 from megapoly.data.sources import CODE, language_of
 from megapoly.errors import ConfigError
 
@@ -43,8 +43,9 @@ def windows(plan: Plan, most: int) -> list[Window]:
         for begin, end in itertools.pairwise(borders):
             after = plan.sampler().counts(end)
             shares = dict.fromkeys(languages, 0.0)
-            for language, now, then in zip(languages, after, before, strict=True):
-                shares[language] += (now - then) / (end - begin)
+            counts = [now - then for now, then in zip(after, before, strict=True)]
+            for language, share in zip(languages, plan.text_shares(counts), strict=True):
+                shares[language] += float(share)
             found.append(Window(begin, end, number, shares))
             before = after
     return found
@@ -53,9 +54,9 @@ def windows(plan: Plan, most: int) -> list[Window]:
 def stack_order(plan: Plan) -> list[str]:
     """Languages that are read, from the bottom up: English, the others by their tokens, code."""
     languages = [language_of(source) for source in plan.sources]
-    tokens = dict.fromkeys(languages, 0)
-    for language, count in zip(languages, plan.sampler().counts(plan.num_samples), strict=True):
-        tokens[language] += count
+    tokens: dict[str, Number] = dict.fromkeys(languages, 0)
+    for language, amount in zip(languages, plan.text(plan.sampler().counts(plan.num_samples)), strict=True):
+        tokens[language] += amount
     rank = {"en": -1, CODE: 1}
     return sorted((x for x in tokens if tokens[x]), key=lambda x: (rank.get(x, 0), -tokens[x]))
 
@@ -171,7 +172,8 @@ def draw_png(plan: Plan, path: str) -> None:
     axes.stackplot(edges, heights, step="post", colors=[colours[x] for x in order], edgecolor="white", linewidth=0.25)
     _mark_stages(plan, axes)
     english = [i for i, source in enumerate(plan.sources) if language_of(source) == "en"]
-    steps = [(begin, sum(float(s[i]) for i in english)) for stage in plan.stages for begin, _, s in stage.stretches()]
+    stretches = [(begin, plan.text_shares(s)) for stage in plan.stages for begin, _, s in stage.stretches()]
+    steps = [(begin, sum(float(shares[i]) for i in english)) for begin, shares in stretches]
     at, planned = [begin * length for begin, _ in steps], [100 * share for _, share in steps]
     if english:
         line = ([*at, edges[-1]], [*planned, planned[-1]])
@@ -209,9 +211,9 @@ def _of_stages(plan: Plan) -> list[dict[str, float]]:
     """Realised shares by language of each stage."""
     languages, found = [language_of(source) for source in plan.sources], []
     for stage in plan.stages:
-        counts = zip(plan.sampler().counts(stage.end_sample), plan.sampler().counts(stage.begin_sample), strict=True)
+        ends = zip(plan.sampler().counts(stage.end_sample), plan.sampler().counts(stage.begin_sample), strict=True)
         shares = dict.fromkeys(languages, 0.0)
-        for language, (after, before) in zip(languages, counts, strict=True):
-            shares[language] += (after - before) / stage.samples
+        for language, share in zip(languages, plan.text_shares([a - b for a, b in ends]), strict=True):
+            shares[language] += float(share)
         found.append(shares)
     return found
