@@ -262,8 +262,9 @@ def test_what_is_packed_decides_the_fingerprint_and_is_named() -> None:
     ours = dialled()
     fewer = packed_plan([EN, PACKED_KO], [DIAL], TOKENS, [0, ROWS - 1])
     plain = plan_of([EN, KO], [DIAL], TOKENS)
-    full = [TOKENS[0], 625 * 101]  # no padding: other rows than slices all the same
-    brimming, streaming = packed_plan([EN, PACKED_KO], [DIAL], full, [0, 625]), plan_of([EN, KO], [DIAL], full)
+    full = [TOKENS[0], 90 * 101]  # no padding, and as many rows as slices: they are others all the same
+    brimming, streaming = packed_plan([EN, PACKED_KO], [DIAL], full, [0, 90]), plan_of([EN, KO], [DIAL], full)
+    assert brimming.sources[1].slices == streaming.sources[1].slices == 90
     assert brimming.stages[0].shares == streaming.stages[0].shares
     plans = (ours, fewer, plain, brimming, streaming)
     assert len({plan.fingerprint() for plan in plans}) == 5
@@ -272,9 +273,7 @@ def test_what_is_packed_decides_the_fingerprint_and_is_named() -> None:
     assert "source 'web-ko' was 624 packed rows and is 625 packed rows" in said[0]
     assert "source 'web-ko' was not packed and is 625 packed rows" in said[1]
     assert plan_changes(ours, dialled()) == []
-    assert list(map(str, plan_changes(streaming, brimming))) == [
-        "source 'web-ko' was not packed and is 625 packed rows"
-    ]
+    assert list(map(str, plan_changes(streaming, brimming))) == ["source 'web-ko' was not packed and is 90 packed rows"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megapoly.data import packing
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.mending import merge, repair
 from megapoly.data.packed import PackedStream, PackNote, read_note
 from megapoly.data.packing import Packing, best_fit, pack_documents
 from megapoly.data.preprocess import preprocess
@@ -358,7 +359,7 @@ def test_what_is_no_packed_set_is_refused_at_opening(tmp_path: Path, damage: str
         ("documents", 0, r"gives row 4500 the sequences \d+ to 0"),
         ("offsets", 10**12, r"puts row \d+ at bytes"),
         ("offsets", 3, r"puts row \d+ at bytes"),
-        ("long", 0, r"has row 4500 of \d+ tokens, more than 11 \+ 1"),
+        ("long", 0, r"has row 4500 of 13 tokens, more than 11 \+ 1"),
     ],
 )
 def test_a_damaged_row_of_a_large_index_is_one_line(tmp_path: Path, place: str, value: int, message: str) -> None:
@@ -366,12 +367,45 @@ def test_a_damaged_row_of_a_large_index_is_one_line(tmp_path: Path, place: str, 
     index = bytearray(Path(f"{prefix}.idx").read_bytes())
     sequences = sum(map(len, rows))
     documents_at, offsets_at = 34 + 12 * sequences, 34 + 4 * sequences
-    if place == "long":  # the row and the next one as one
-        value = int(np.frombuffer(index, "<i8", 1, documents_at + 8 * 4502)[0])
     where = offsets_at + 8 * 4 * 4501 if place == "offsets" else documents_at + 8 * 4501
+    if place == "long":  # one token of the next row too
+        where = offsets_at + 8 * int(np.frombuffer(index, "<i8", 1, documents_at + 8 * 4501)[0])
+        value = int(np.frombuffer(index, "<i8", 1, where)[0]) + 2
     index[where : where + 8] = value.to_bytes(8, "little")
     Path(f"{prefix}.idx").write_bytes(index)
     stream = PackedStream([prefix], 11)
     with pytest.raises(DataError, match=message) as caught:
         stream.read(11 * 4500, 11 * 4501 + 1)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ merged and mended
+
+
+def test_packed_sets_of_one_length_are_merged_to_one(tmp_path: Path) -> None:
+    (a, rows), (b, others) = (packed_pair(tmp_path / x, list(range(1, n)), 11) for x, n in (("a", 30), ("b", 12)))
+    merge([a, b], str(tmp_path / "m"))
+    stream = PackedStream([str(tmp_path / "m")], 11)
+    read = [stream.read(11 * k, 11 * k + 12).tolist() for k in range(stream.num_rows)]
+    assert read == [list(itertools.chain(*row)) for row in [*rows, *others]]
+    longer, _ = packed_pair(tmp_path / "c", [5, 9], 12)
+    with pytest.raises(DataError, match=r"c/p: is packed for 12 tokens, but .*a/p is packed for 11 tokens; merge"):
+        merge([a, longer], str(tmp_path / "m"))
+    Path(f"{longer}.pack.json").unlink()
+    with pytest.raises(DataError, match=r"c/p: is not packed, but .*a/p is packed for 11 tokens; merge"):
+        merge([a, longer], str(tmp_path / "m"))
+    merge([longer], str(tmp_path / "m"))
+    assert read_note(str(tmp_path / "m")) is None and not list(tmp_path.glob("*tmp*"))
+
+
+def test_what_is_left_of_a_packed_set_is_one(tmp_path: Path) -> None:
+    prefix, rows = packed_pair(tmp_path / "a", [3, 7, 8, 12, 5, 2, 9, 30], 11)
+    tokens = Path(f"{prefix}.bin")
+    tokens.write_bytes(tokens.read_bytes()[:-3])
+    assert repair(prefix).documents == len(rows) - 1
+    stream = PackedStream([prefix], 11)
+    read = [stream.read(11 * k, 11 * k + 12).tolist() for k in range(stream.num_rows)]
+    assert read == [list(itertools.chain(*row)) for row in rows[:-1]]
+    Path(f"{prefix}.idx").unlink()  # documents are told by their ends then: one of 30 tokens is longer than a row
+    repair(prefix, U16, 0)
+    assert read_note(prefix) is None and IndexedDataset(prefix).num_tokens == stream.num_tokens

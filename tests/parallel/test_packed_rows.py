@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from test_parity import assert_same_training, steps_of
-from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_run
+from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.data.indexed import CODES, token_dtype
 from megapoly.data.packed import PackNote, write_note
 from megapoly.data.packing import pack_documents
+from megapoly.errors import CheckpointError
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
-from megapoly.train.metrics import Metrics
+from megapoly.train.metrics import Metrics, progress_line
+from megapoly.train.prepare import _changes_since, _starting_point
 from megapoly.train.step import train_step
 
 LENGTH = 16
@@ -118,6 +120,12 @@ def test_a_resumed_run_over_packed_rows_is_bit_equal(tmp_path: Path) -> None:
         checkpoint=dataclasses.replace(cfg.checkpoint, save=f"{elsewhere}/checkpoints"),
     )
     run_ranks(run_to_end, dataclasses.replace(again, train=dataclasses.replace(again.train, exit_interval=3)))
+    plan = tiny_prepared(again).plan
+    reader, is_resume = _starting_point(again, plan, None)  # type: ignore[arg-type]
+    assert reader is not None and is_resume and _changes_since(reader, plan) == []
+    fewer = dataclasses.replace(plan, sources=(dataclasses.replace(plan.sources[0], slices=9), plan.sources[1]))
+    with pytest.raises(CheckpointError, match=rf"'en' was {plan.sources[0].slices} packed rows and is 9 packed rows"):
+        _starting_point(again, fewer, None)  # type: ignore[arg-type]
     resumed = run_ranks(run_to_end, again)[0]
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
@@ -129,6 +137,7 @@ def rows_of_metrics(mesh: Mesh, cfg: Config, steps: int) -> list[dict[str, Any]]
     for step in range(1, steps + 1):
         metrics.add(step, train_step(run, step))
         rows.append(metrics.read())
+        rows[-1]["line"] = progress_line(run, rows[-1], "1s")
     metrics.close()
     return rows
 
@@ -141,6 +150,7 @@ def test_metrics_count_text_and_agree_with_the_plan(tmp_path: Path) -> None:
     assert all(row["planned_share_by_source"] == {"en": 0.5, "ko": 0.5} for row in rows)
     served = {name: sum(row["tokens_by_source"].get(name, 0) for row in rows) for name in ("en", "ko")}
     assert served["en"] == pytest.approx(served["ko"], abs=2 * LENGTH)
+    assert "non-English 50.0% of stage" in rows[-1]["line"]
     assert sum(served.values()) == pytest.approx(112 * LENGTH * 6 / 7, abs=2 * LENGTH)  # 64 samples of en, 48 of ko
 
 
