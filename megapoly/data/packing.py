@@ -153,15 +153,13 @@ def _number(stem: str, out: str, counts: Int64s, row_of: Rows) -> None:
 
 def _first_pieces(numbers: str, out: str, rows: int) -> npt.NDArray[np.integer]:
     """The first piece of each row, and the number of pieces: on the disk, as it may be long."""
-    pieces = np.memmap(numbers, "<u8", "r")
+    begin, last = 0, -1
     with open(out, "wb") as file:
-        for begin in range(0, len(pieces), READ_DOCUMENTS):
-            some = pieces[begin : begin + READ_DOCUMENTS]
-            is_first = np.empty(len(some), bool)
-            is_first[0] = begin == 0 or pieces[begin - 1] != some[0]
-            is_first[1:] = some[1:] != some[:-1]
+        while len(some := np.fromfile(numbers, "<u8", READ_DOCUMENTS, offset=8 * begin)):
+            is_first = np.append(int(some[0]) != last, some[1:] != some[:-1])
             file.write((np.flatnonzero(is_first) + begin).astype("<i8").tobytes())
-        file.write(np.array([len(pieces)], "<i8").tobytes())
+            begin, last = begin + len(some), int(some[-1])
+        file.write(np.array([begin], "<i8").tobytes())
     found: npt.NDArray[np.integer] = np.memmap(out, "<i8", "r")
     assert len(found) == rows + 1, (len(found), rows)
     return found
