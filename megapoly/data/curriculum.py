@@ -1,8 +1,9 @@
 """The data plan: which sources a run reads in which shares, stage by stage, checked before any training.
 
 A source's stream is its files one after the other; its slice k is the tokens kL to kL + L inclusive (one of overlap for
-the label), L the block length. A sample is a slice; a stage with shorter sequences walks its blocks in order. A stage
-ends at sample ceil(cumulative tokens / L). How a stage says its shares is in `shares`.
+the label), L the block length; of a packed source it is row k (packed.py). A sample is a slice; a stage with shorter
+sequences walks its blocks in order. A stage ends at sample ceil(cumulative tokens / L). How a stage says its shares is
+in `shares`.
 """
 
 import dataclasses

@@ -219,11 +219,11 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
 
 def _old_plan(reader: CheckpointReader) -> Plan | None:
     """The plan that a checkpoint was made with; None where it does not say how many tokens its sources had."""
-    tokens = reader.counts("source_tokens")
-    if tokens is None or len(tokens) != len(reader.config.data.sources):
+    tokens, rows = reader.counts("source_tokens"), reader.counts("source_rows")
+    if tokens is None or {len(tokens), len(rows or tokens)} != {len(reader.config.data.sources)}:
         return None
     try:
-        return make_plan(reader.config, tokens, reader.counts("source_rows"))
+        return make_plan(reader.config, tokens, rows)
     except MegapolyError as error:
         raise CheckpointError(f"{reader.folder / 'state.json'}: its data plan cannot be read: {error}") from None
 

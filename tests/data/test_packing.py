@@ -21,6 +21,7 @@ from megapoly.data.mending import merge, repair
 from megapoly.data.packed import PackedStream, PackNote, read_note
 from megapoly.data.packing import Packing, best_fit, pack_documents
 from megapoly.data.preprocess import preprocess
+from megapoly.data.templates import Template
 from megapoly.errors import DataError
 from megapoly.tokenizer.load import load_tokenizer
 from megapoly.tokenizer.train import train_sentencepiece
@@ -215,6 +216,17 @@ def test_held_out_text_is_as_without_packing(tmp_path: Path, model: str, source:
         assert ours == theirs
     assert not (tmp_path / "p_valid_text_document.pack.json").exists()
     assert (tmp_path / "p_text_document.pack.json").exists()
+
+
+def test_every_output_is_packed_by_itself(tmp_path: Path, model: str, source: str) -> None:
+    pairs = [Template.parse("a={text}"), Template.parse("b={text} {text}")]
+    made = run(source, tmp_path / "p", model, templates=pairs)
+    for name in "ab":
+        prefix = str(tmp_path / f"p_{name}_document")
+        rows = rows_of(prefix)
+        assert len(rows) == made[prefix].rows and max(sum(map(len, row)) for row in rows) <= 64
+        assert read_note(prefix) == PackNote(63, len(rows), IndexedDataset(prefix).num_tokens)
+    assert made[str(tmp_path / "p_b_document")].tokens > made[str(tmp_path / "p_a_document")].tokens
 
 
 def test_a_set_that_is_written_again_without_packing_loses_its_note(tmp_path: Path, model: str, source: str) -> None:
