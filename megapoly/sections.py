@@ -115,6 +115,7 @@ class Source:
     paths: list[str] = field(default_factory=list)
     valid_paths: list[str] = field(default_factory=list)
     fim_rate: float | None = None
+    packed: bool | None = None  # by preprocess_data.py --pack-length; false reads a packed set as a stream
 
     @property
     def is_non_english(self) -> bool:

@@ -12,7 +12,7 @@ from ranks import assemble
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.config import SECTIONS, build
-from megapoly.data.curriculum import make_plan, open_sources
+from megapoly.data.curriculum import open_sources, plan_for
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ModelConfig
@@ -122,7 +122,7 @@ def tiny_config(folder: Path, family: str, steps: int = 20, **leaves: Any) -> Co
 def tiny_prepared(cfg: Config) -> Prepared:
     """As megapoly.train.prepare.prepare, but without a tokenizer: the vocabulary's size is given, and 0 ends documents."""
     streams = open_sources(cfg, VOCAB)
-    plan = make_plan(cfg, [stream.num_tokens for stream in streams])
+    plan = plan_for(cfg, streams)
     valid = [TokenStream(source.valid_paths, VOCAB) for source in cfg.data.sources]
     ends = SimpleNamespace(eod=0) if cfg.data.reset_attention_mask or cfg.data.eod_mask_loss else None
     return Prepared(cfg, ends, VOCAB, streams, valid, plan, run_length(cfg, plan))

@@ -10,7 +10,7 @@ from megapoly.arguments import ArgumentParser
 from megapoly.checks import check_model, check_stages, check_training
 from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config
-from megapoly.data.curriculum import make_plan, open_sources
+from megapoly.data.curriculum import open_sources, plan_for
 from megapoly.data.plan_picture import draw_text
 from megapoly.data.plan_png import draw_png
 from megapoly.data.plan_report import describe, parse_range, samples, summary
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(configs[0], flags)
     check_model(cfg.model)
     check_training(cfg)
-    plan = make_plan(cfg, [stream.num_tokens for stream in open_sources(cfg)])
+    plan = plan_for(cfg, open_sources(cfg))
     check_stages(cfg, dp=1)
     steps = read_steps(Path(options.run) / "metrics.jsonl", plan) if options.run else None
     report = share_report(plan, steps, cfg.data.eod_mask_loss) if steps else summary(plan)

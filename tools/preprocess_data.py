@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--on-bad-line", choices=("error", "skip"), default="error", help="skip counts and reports")
     add("--valid-fraction", type=float, default=0.0, help="part held out into PREFIX_valid_.., by hash of the id")
     add("--shuffle-seed", type=int, help="shuffle all documents; without it they keep the order of the input")
+    add("--pack-length", type=int, metavar="L", help="pack whole documents into rows for samples of L tokens, shuffled")
     add("--max-line-mib", type=int, default=32, help="a longer line is a bad line; bounds memory")
     add("--max-expansion", type=float, default=200.0, help="most bytes of text for a byte of a compressed file")
     add("--restart", action="store_true", help="do not go on with an interrupted run")
@@ -61,6 +62,7 @@ def main() -> None:
         on_bad_line=arguments.on_bad_line,
         valid_fraction=arguments.valid_fraction,
         shuffle_seed=arguments.shuffle_seed,
+        pack_length=arguments.pack_length,
         tokenizer_backend=arguments.tokenizer_backend,
         max_line_bytes=arguments.max_line_mib << 20,
         max_expansion=arguments.max_expansion,

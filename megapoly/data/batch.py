@@ -38,13 +38,13 @@ class Documents:
 def batch_of(
     slices: list[NDArray[np.int64]], sources: list[int], length: int, documents: Documents | None = None
 ) -> Batch:
-    """Stack slices of up to length + 1 tokens; what a short slice lacks is masked, not counted."""
+    """Stack slices of up to length + 1 tokens; what a short slice lacks is masked, and kept apart as a document is."""
     tokens = np.zeros((len(slices), length), dtype=np.int64)
     labels = np.zeros_like(tokens)
     mask = np.zeros(tokens.shape, dtype=np.float32)
-    for row, piece in enumerate(slices):
-        n = len(piece) - 1
-        if n > 0:
+    ends = [max(len(piece) - 1, 0) for piece in slices]
+    for row, (piece, n) in enumerate(zip(slices, ends, strict=True)):
+        if n:
             tokens[row, :n], labels[row, :n], mask[row, :n] = piece[:-1], piece[1:], 1.0
     cu_seqlens = None
     if documents is not None:
@@ -54,5 +54,7 @@ def batch_of(
         if documents.are_apart:
             begins = np.ones_like(is_end)
             begins[:, 1:] = is_end[:, :-1]
+            for row, n in enumerate(ends):
+                begins[row, n : n + 1], begins[row, n + 1 :] = True, False
             cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
     return Batch(tokens, labels, mask, np.asarray(sources, dtype=np.int64), cu_seqlens)

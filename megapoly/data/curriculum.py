@@ -1,13 +1,15 @@
 """The data plan: which sources a run reads in which shares, stage by stage, checked before any training.
 
 A source's stream is its files one after the other; its slice k is the tokens kL to kL + L inclusive (one of overlap for
-the label), L the block length. A sample is a slice; a stage with shorter sequences walks its blocks in order. A stage
-ends at sample ceil(cumulative tokens / L). How a stage says its shares is in `shares`.
+the label), L the block length; of a packed source it is row k (packed.py). A sample is a slice; a stage with shorter
+sequences walks its blocks in order. A stage ends at sample ceil(cumulative tokens / L). How a stage says its shares is
+in `shares`.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.checks import block_length_of
-from megapoly.data.indexed import TokenStream
+from megapoly.data.indexed import PACK_NOTE, TokenStream
+from megapoly.data.packed import PackedStream
 from megapoly.data.sampler import Sampler, StageTarget
 from megapoly.data.shares import WAYS, Mixture, Shares, ShareStep, share_steps
 from megapoly.data.sources import ENGLISH, NON_ENGLISH, PARTS, PlanSource, part_of, plan_sources
 from megapoly.errors import ConfigError, DataError
-from megapoly.sections import Config, Stage
+from megapoly.sections import Config, Source, Stage
 
 Number = int | float | Fraction
 MOST_TOKENS = 1 << 60  # sample numbers stay far inside 64 bits
@@ -34,7 +37,8 @@ SHOWN = 4  # of the sources that are wrong in the same way
 class PlanStage:
     """A stage in samples, the end excluded: its shares, step by step where they move, and sequences of what length.
 
-    `settings` is what it says of optimization.
+    The shares are of samples; where sources are packed, those of text are others (`Plan.text_shares`). `settings` is
+    what it says of optimization.
     """
 
     name: str
@@ -99,8 +103,25 @@ class Plan:
     def sampler(self) -> Sampler:
         return self._sampler
 
+    @cached_property
+    def _fullness(self) -> list[Fraction] | None:
+        """Part of each source's samples that is text; None where all of all is."""
+        parts = [source.fullness(self.block_length) for source in self.sources]
+        return None if all(part == 1 for part in parts) else parts
+
+    def text(self, counts: Sequence[Number]) -> list[Number]:
+        """Counts of samples by source as full samples: a packed source's in proportion to the text in its rows."""
+        if self._fullness is None:
+            return list(counts)
+        return [count * part for count, part in zip(counts, self._fullness, strict=True)]
+
+    def text_shares(self, counts: Sequence[Number]) -> list[Fraction]:
+        """Shares of text by source for counts or shares of samples, which are not all 0."""
+        found = [Fraction(amount) for amount in self.text(counts)]
+        return [amount / sum(found) for amount in found]
+
     def planned_shares(self, begin: int, end: int) -> list[float]:
-        """The share of each source that samples begin to end should have, begin < end."""
+        """The share of text of each source that samples begin to end should have, begin < end."""
         sums = [0.0] * len(self.sources)
         first = bisect_right([stretch[1] for stretch in self._stretches], begin)
         for start, stop, shares in self._stretches[first:]:
@@ -108,6 +129,9 @@ class Plan:
                 break
             samples = min(stop, end) - max(start, begin)
             sums = [total + samples * float(share) for total, share in zip(sums, shares, strict=True)]
+        if self._fullness is not None:
+            sums = [total * float(part) for total, part in zip(sums, self._fullness, strict=True)]
+            return [total / sum(sums) for total in sums]
         return [total / (end - begin) for total in sums]
 
     def part_counts(self, counts: Sequence[Number]) -> dict[str, Number]:
@@ -135,7 +159,10 @@ class Plan:
             if begin < end
         ]
         used = sorted({i for _, shares in stages for i, _ in shares})
-        sources = [(i, self.sources[i].name, self.sources[i].tokens) for i in used]
+        sources = [
+            (i, source.name, source.tokens, *([source.slices] if source.packed else []))
+            for i, source in ((i, self.sources[i]) for i in used)
+        ]
         decisive = json.dumps([self.seed, self.block_length, sources, stages])
         return hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest()
 
@@ -148,7 +175,8 @@ def open_sources(cfg: Config, vocab_size: int | None = None) -> list[TokenStream
 
     With a vocab_size every read is checked against it.
     """
-    streams = []
+    streams: list[TokenStream] = []
+    length = block_length_of(cfg)
     for source in cfg.data.sources:
         if not source.paths:
             raise DataError(f"source '{source.name}' has no paths; give the prefixes of its .bin/.idx files")
@@ -158,12 +186,32 @@ def open_sources(cfg: Config, vocab_size: int | None = None) -> list[TokenStream
                     f"source '{source.name}': no file {path}; make it with tools/prepare_corpus.py or "
                     "tools/preprocess_data.py, or point data_root at the folder that holds it"
                 )
+        if source.packed:
+            streams.append(PackedStream(source.paths, length, vocab_size))
+            continue
+        if source.packed is None:
+            _refuse_notes(source)
         streams.append(TokenStream(source.paths, vocab_size))
     return streams
 
 
-def make_plan(cfg: Config, tokens_by_source: Sequence[int]) -> Plan:
-    """Turn the data and curriculum sections into a plan; `tokens_by_source` counts each source's tokens in order.
+def _refuse_notes(source: Source) -> None:
+    """A packed set read as a stream would train on documents cut anywhere, without a word."""
+    for path in source.paths:
+        if os.path.exists(path + PACK_NOTE):
+            raise DataError(
+                f"source '{source.name}': {path} is packed ({path}{PACK_NOTE}); give the source `packed: true`, or "
+                "`packed: false` to read it as a stream"
+            )
+
+
+def plan_for(cfg: Config, streams: Sequence[TokenStream]) -> Plan:
+    """The plan over these sources as they lie on the disk; raises what make_plan raises."""
+    return make_plan(cfg, [stream.num_tokens for stream in streams], [stream.num_rows for stream in streams])
+
+
+def make_plan(cfg: Config, tokens_by_source: Sequence[int], rows_by_source: Sequence[int] | None = None) -> Plan:
+    """Turn the data and curriculum sections into a plan over so many tokens, and rows where it is packed, by source.
 
     Raises ConfigError for a curriculum that contradicts itself, DataError for a source too small to be read.
     """
@@ -175,7 +223,7 @@ def make_plan(cfg: Config, tokens_by_source: Sequence[int]) -> Plan:
     _refuse_duplicates("source", [source.name for source in sources])
     _refuse_duplicates("stage", [stage.name for stage in stages])
     length = block_length_of(cfg)
-    counted = plan_sources(sources, tokens_by_source, length)
+    counted = plan_sources(sources, tokens_by_source, rows_by_source or [0] * len(sources), length)
     taken: list[Fraction] = [Fraction(0)] * len(sources)
     plan_stages: list[PlanStage] = []
     tokens = begin = 0

@@ -23,6 +23,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 WRITE_CHUNK = 1 << 18  # entries of the index that are written at once
 FULL_SCAN_BYTES = 64 << 20
 EDGE_SCAN_BYTES = 1 << 16
+PACK_NOTE = ".pack.json"  # beside a packed pair; packed.py says what it holds
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -131,13 +132,19 @@ class IndexedDatasetWriter:
 
 
 def publish(prefix: str, temporary: Mapping[str, str]) -> None:
-    """Give the files of a prepared dataset their names, the index last; done again it changes nothing."""
+    """Give the files of a prepared dataset their names, the index last, and behind it the note of a packed one.
+
+    Done again it changes nothing.
+    """
     if os.path.exists(temporary["bin"]):
-        Path(f"{prefix}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
+        for older in (".idx", PACK_NOTE):  # which must not meet the new tokens
+            Path(prefix + older).unlink(missing_ok=True)
         os.replace(temporary["bin"], f"{prefix}.bin")
     if os.path.exists(temporary["idx"]):
         sync_directory(Path(prefix).parent)  # the tokens' name reaches the disk before the index's
         os.replace(temporary["idx"], f"{prefix}.idx")
+    if "note" in temporary and os.path.exists(temporary["note"]):
+        os.replace(temporary["note"], prefix + PACK_NOTE)
     Path(temporary["lengths"]).unlink(missing_ok=True)
     sync_directory(Path(prefix).parent)
 
@@ -147,6 +154,8 @@ class TokenStream:
 
     With `vocab_size`, every read is checked against it. Raises DataError for damaged files and ids out of range.
     """
+
+    num_rows = 0  # of packed documents: packed.py
 
     def __init__(self, prefixes: Sequence[str], vocab_size: int | None = None) -> None:
         self.datasets = [IndexedDataset(prefix) for prefix in prefixes]

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megapoly.data.indexed import CODES, sync_directory
+from megapoly.data.indexed import CODES, PACK_NOTE, publish, sync_directory
+from megapoly.data.packed import PackNote, read_note, write_note
 from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset
 from megapoly.errors import DataError
 
@@ -21,7 +22,7 @@ COPIED_AT_ONCE = 1 << 24
 Index = tuple[NDArray[np.integer], NDArray[np.integer]]
 
 
-def _write_index(path: str, dtype: np.dtype, parts: Sequence[Index]) -> None:
+def write_index(path: str, dtype: np.dtype, parts: Sequence[Index]) -> None:
     """The index of some datasets, one after the other, brought to the disk."""
     sequences, documents = sum(len(lengths) for lengths, _ in parts), sum(len(index) - 1 for _, index in parts)
     with open(path, "wb") as file:
@@ -55,7 +56,8 @@ def _chunks(arrays: Sequence[NDArray[np.integer]]) -> Iterator[NDArray[np.intege
 def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     """Write the datasets one after the other as the dataset `output`; returns its (documents, tokens).
 
-    Raises DataError where one is damaged, where they hold different types of ids, or where output is one of them.
+    Packed ones of one length are packed together. Raises DataError where one is damaged, where they hold different
+    types of ids or are packed otherwise than the others, or where output is one of them.
     """
     if not prefixes:
         raise DataError("there is nothing to merge: give the prefixes of .bin/.idx pairs")
@@ -68,8 +70,9 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
                 f"{dataset.bin_path}: holds ids as {dataset.dtype}, but {datasets[0].bin_path} as {datasets[0].dtype}; "
                 "merge datasets of one vocabulary"
             )
+    note = _note_of_all(prefixes)
     parts = [(dataset.lengths, dataset.document_index) for dataset in datasets]
-    temporary = {kind: f"{output}.{kind}.tmp-{os.getpid()}" for kind in ("bin", "idx")}
+    temporary = {kind: f"{output}.{kind}.tmp-{os.getpid()}" for kind in ("bin", "idx", "lengths", "note")}
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary["bin"], "wb") as whole:
@@ -82,11 +85,10 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         expected = sum(dataset.num_tokens * dataset.dtype.itemsize for dataset in datasets)
         if size != expected:
             raise DataError(f"{output}: {size} bytes came together instead of {expected}; is a dataset being written?")
-        _write_index(temporary["idx"], datasets[0].dtype, parts)
-        Path(f"{output}.idx").unlink(missing_ok=True)  # an older index must not meet the new tokens
-        os.replace(temporary["bin"], f"{output}.bin")
-        os.replace(temporary["idx"], f"{output}.idx")
-        sync_directory(Path(output).parent)
+        write_index(temporary["idx"], datasets[0].dtype, parts)
+        if note is not None:
+            write_note(temporary["note"], note)
+        publish(output, temporary)
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror or error}") from None
     finally:
@@ -94,6 +96,20 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
             if os.path.exists(path):
                 os.unlink(path)
     return sum(dataset.num_documents for dataset in datasets), expected // datasets[0].dtype.itemsize
+
+
+def _note_of_all(prefixes: Sequence[str]) -> PackNote | None:
+    """What the merged dataset's note says, where all are packed alike."""
+    notes = [read_note(prefix) for prefix in prefixes]
+    lengths = [None if note is None else note.pack_length for note in notes]
+    for prefix, length in zip(prefixes, lengths, strict=True):
+        if length != lengths[0]:
+            was, now = ("not packed" if n is None else f"packed for {n} tokens" for n in (lengths[0], length))
+            raise DataError(f"{prefix}: is {now}, but {prefixes[0]} is {was}; merge datasets that are packed alike")
+    packed = [note for note in notes if note is not None]
+    if not packed:
+        return None
+    return PackNote(packed[0].pack_length, sum(note.rows for note in packed), sum(note.tokens for note in packed))
 
 
 # ------------------------------------------------------------------------------------------------------ mending
@@ -135,6 +151,7 @@ def repair(prefix: str, dtype: np.dtype | None = None, eod: int | None = None) -
         whole = int(documents[-1])
         kept = int(ends[whole - 1]) if whole else 0
         _replace_pair(prefix, dtype, (lengths[:whole], documents), kept)
+        _mend_note(prefix, np.diff(np.append(0, ends)[documents]) // dtype.itemsize)
     except OSError as error:
         raise DataError(f"{error.filename or prefix}: cannot be mended: {error.strerror or error}") from None
     return Mended(len(documents) - 1, kept // dtype.itemsize, size - kept)
@@ -144,7 +161,7 @@ def _replace_pair(prefix: str, dtype: np.dtype, index: Index, kept: int) -> None
     """A kill on the way leaves a pair that is refused, and that is mended by the same call."""
     temporary = f"{prefix}.idx.tmp-{os.getpid()}"
     try:
-        _write_index(temporary, dtype, [index])
+        write_index(temporary, dtype, [index])
         with open(f"{prefix}.bin", "r+b") as file:
             if os.fstat(file.fileno()).st_size > kept:
                 file.truncate(kept)
@@ -153,6 +170,20 @@ def _replace_pair(prefix: str, dtype: np.dtype, index: Index, kept: int) -> None
         sync_directory(Path(prefix).parent)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _mend_note(prefix: str, rows: NDArray[np.int64]) -> None:
+    """What is left of a packed set is one, unless its rows were lost: then it is a set of documents."""
+    try:
+        note = read_note(prefix)
+    except DataError:
+        note = None
+    path = prefix + PACK_NOTE
+    if note is None or not len(rows) or rows.max() > note.pack_length + 1:
+        Path(path).unlink(missing_ok=True)
+        return
+    write_note(f"{path}.tmp-{os.getpid()}", PackNote(note.pack_length, len(rows), int(rows.sum())))
+    os.replace(f"{path}.tmp-{os.getpid()}", path)
 
 
 def _left_of_index(path: str) -> tuple[np.dtype, NDArray[np.integer], NDArray[np.integer]] | None:

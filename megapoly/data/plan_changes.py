@@ -58,6 +58,9 @@ def _source_changes(old: Plan, new: Plan) -> list[PlanChange]:
         elif was.tokens != now.tokens:
             text = f"source '{now.name}' had {was.tokens:,} tokens and has {now.tokens:,}"
             changes.append(PlanChange(since, text))
+        elif (was.packed, was.slices) != (now.packed, now.slices):
+            there, here = (f"{s.slices:,} packed rows" if s.packed else "not packed" for s in (was, now))
+            changes.append(PlanChange(since, f"source '{now.name}' was {there} and is {here}"))
     return changes
 
 
@@ -111,8 +114,8 @@ def _by_place(shares: Shares) -> dict[int, Fraction]:
 
 def _moved(old: Plan, new: Plan, was: PlanStage, now: PlanStage) -> str:
     """The sources whose share of the stage moved most."""
-    there = {source.name: share for source, share in zip(old.sources, was.shares, strict=True)}
-    here = {source.name: share for source, share in zip(new.sources, now.shares, strict=True)}
+    there = {source.name: share for source, share in zip(old.sources, old.text_shares(was.shares), strict=True)}
+    here = {source.name: share for source, share in zip(new.sources, new.text_shares(now.shares), strict=True)}
     moves = {name: float(here.get(name, 0)) - float(there.get(name, 0)) for name in {**there, **here}}
     most = sorted((name for name in moves if moves[name]), key=lambda name: -abs(moves[name]))
     shown = [f"'{n}' {float(there.get(n, 0)):.4g} -> {float(here.get(n, 0)):.4g}" for n in most[:MOST_NAMED]]
@@ -125,5 +128,5 @@ def _tokens(plan: Plan, stage: PlanStage) -> str:
 
 
 def _dial(plan: Plan, stage: PlanStage) -> str:
-    first, last = (plan.non_english_share(stage.steps[end].shares) for end in (0, -1))
+    first, last = (plan.non_english_share(plan.text(stage.steps[end].shares)) for end in (0, -1))
     return f"{first:.4g}" if len(stage.steps) == 1 else f"{first:.4g} to {last:.4g}"

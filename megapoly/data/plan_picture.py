@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megapoly.data.curriculum import Plan
+from megapoly.data.curriculum import Number, Plan
 from megapoly.data.sources import CODE, language_of
 
 SAMPLES_OF_WINDOW = 64  # fewer would show how samples alternate, not their shares
@@ -40,8 +40,9 @@ def windows(plan: Plan, most: int) -> list[Window]:
         for begin, end in itertools.pairwise(borders):
             after = plan.sampler().counts(end)
             shares = dict.fromkeys(languages, 0.0)
-            for language, now, then in zip(languages, after, before, strict=True):
-                shares[language] += (now - then) / (end - begin)
+            counts = [now - then for now, then in zip(after, before, strict=True)]
+            for language, share in zip(languages, plan.text_shares(counts), strict=True):
+                shares[language] += float(share)
             found.append(Window(begin, end, number, shares))
             before = after
     return found
@@ -50,9 +51,9 @@ def windows(plan: Plan, most: int) -> list[Window]:
 def stack_order(plan: Plan) -> list[str]:
     """Languages that are read, from the bottom up: English, the others by their tokens, code."""
     languages = [language_of(source) for source in plan.sources]
-    tokens = dict.fromkeys(languages, 0)
-    for language, count in zip(languages, plan.sampler().counts(plan.num_samples), strict=True):
-        tokens[language] += count
+    tokens: dict[str, Number] = dict.fromkeys(languages, 0)
+    for language, amount in zip(languages, plan.text(plan.sampler().counts(plan.num_samples)), strict=True):
+        tokens[language] += amount
     rank = {"en": -1, CODE: 1}
     return sorted((x for x in tokens if tokens[x]), key=lambda x: (rank.get(x, 0), -tokens[x]))
 

@@ -40,7 +40,7 @@ class Groups:
 
 def groups_of(plan: Plan) -> Groups:
     """English, code and the languages with enough tokens by themselves; two thin ones and more as one group."""
-    order, tokens = stack_order(plan), by_language(plan, plan.sampler().counts(plan.num_samples))
+    order, tokens = stack_order(plan), by_language(plan, plan.text(plan.sampler().counts(plan.num_samples)))
     thin = [x for x in order if tokens[x] < LEAST_OF_RUN * plan.num_samples and x not in ("en", "code")]
     together = f"{len(thin)} others" if len(thin) > 1 else ""
     group_of = {x: together if together and x in thin else x for x in order}
@@ -104,7 +104,7 @@ def _draw_shares(plan: Plan, groups: Groups, seen: Sequence[Window], axes: Any) 
     axes.stackplot(edges, heights, step="post", colors=[groups.colours[name] for name in groups.names], linewidth=0)
     stretches = [stretch for stage in plan.stages for stretch in stage.stretches()]
     at = [begin * plan.block_length for begin, _, _ in stretches] + [plan.num_samples * plan.block_length]
-    planned = [groups.sums(by_language(plan, map(float, shares))) for _, _, shares in stretches]
+    planned = [groups.sums(by_language(plan, map(float, plan.text_shares(shares)))) for _, _, shares in stretches]
     level = [0.0] * len(planned)
     for name in groups.names[:-1]:
         level = [below + 100 * of[name] for below, of in zip(level, planned, strict=True)]
@@ -170,14 +170,14 @@ def _draw_languages(plan: Plan, order: Sequence[str], steps: Steps | None, axes:
 def _of_stage(plan: Plan, number: int, steps: Steps | None) -> tuple[dict[str, float], dict[str, float]]:
     """Planned and realised shares by language of a stage; of a run, both of the samples that it has read."""
     stage = plan.stages[number]
-    planned: Iterable[float] = map(float, stage.shares)
+    planned: Iterable[float] = map(float, plan.text_shares(stage.shares))
     if steps is None:
         before, after = (plan.sampler().counts(end) for end in (stage.begin_sample, stage.end_sample))
-        counts = by_language(plan, (b - a for a, b in zip(before, after, strict=True)))
+        counts = by_language(plan, map(float, plan.text([b - a for a, b in zip(before, after, strict=True)])))
     else:
         first, last = steps.of_stages(plan)[number : number + 2]
         counts = by_language(plan, steps.tokens_RS[first:last].sum(0).tolist())
         if first < last:
             planned = plan.planned_shares(*steps.ends[[first, last]].tolist())
-    total = max(sum(counts.values()), 1)
+    total = sum(counts.values()) or 1
     return by_language(plan, planned), {x: count / total for x, count in counts.items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megapoly.data.curriculum import Plan, PlanStage
+from megapoly.data.curriculum import Number, Plan, PlanStage
 from megapoly.data.sources import language_of
 from megapoly.errors import ConfigError
 
@@ -39,10 +39,13 @@ def summary(plan: Plan) -> dict[str, Any]:
 def _stage_summary(plan: Plan, number: int, before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
     stage = plan.stages[number]
     counts = [end - begin for begin, end in zip(before, after, strict=True)]
+    text = plan.text(counts)
     rows = [
         {"source": source.name, "language": source.language, "kind": source.kind}
-        | _served(plan, stage, float(share), count, total, source.slices)
-        for source, share, count, total in zip(plan.sources, stage.shares, counts, after, strict=True)
+        | _served(plan, float(share), (count, total, source.slices), amount, sum(text))
+        for source, share, count, total, amount in zip(
+            plan.sources, plan.text_shares(stage.shares), counts, after, text, strict=True
+        )
     ]
     served = plan.part_counts(counts)
     asked = plan.part_counts([stage.samples * share for share in stage.shares])
@@ -52,23 +55,26 @@ def _stage_summary(plan: Plan, number: int, before: Sequence[int], after: Sequen
         "begin_sample": stage.begin_sample,
         "end_sample": stage.end_sample,
         "tokens": stage.samples * plan.block_length,
+        "text_tokens": round(sum(text) * plan.block_length),
         "seq_length": stage.seq_length,
         "settings": stage.settings,
         "ramp": _ramp(plan, stage),
         "sources": rows,
         "languages": languages,
         "share_by_language": {row["language"]: row["share"] for row in languages},
-        "share_by_part": {part: count / stage.samples for part, count in served.items()},
+        "share_by_part": {part: float(amount / sum(text)) for part, amount in plan.part_counts(text).items()},
         "deviation_in_samples": {part: float(served[part] - asked[part]) for part in served},
-        "non_english_share": plan.non_english_share(counts),
+        "non_english_share": plan.non_english_share(text),
     }
 
 
-def _served(plan: Plan, stage: PlanStage, planned: float, count: int, total: int, slices: int) -> dict[str, Any]:
+def _served(plan: Plan, planned: float, samples: tuple[int, int, int], amount: Number, whole: Number) -> dict[str, Any]:
+    """Of samples (in the stage, so far, in an epoch) and an amount of text out of a whole, both in full samples."""
+    count, total, slices = samples
     return {
-        "share": count / stage.samples,
+        "share": float(amount / whole),
         "planned_share": planned,
-        "tokens": count * plan.block_length,
+        "tokens": round(amount * plan.block_length),
         "samples": count,
         "epochs": count / slices if count else 0.0,
         "epochs_so_far": total / slices if total else 0.0,
@@ -77,12 +83,13 @@ def _served(plan: Plan, stage: PlanStage, planned: float, count: int, total: int
 
 def _language_rows(plan: Plan, stage: PlanStage, counts: Sequence[int], after: Sequence[int]) -> list[dict[str, Any]]:
     codes = [language_of(source) for source in plan.sources]
+    text, shares = plan.text(counts), plan.text_shares(stage.shares)
     rows = []
     for code in dict.fromkeys(codes):
         own = [i for i, other in enumerate(codes) if other == code]
-        planned = float(sum(stage.shares[i] for i in own))
         count, total, slices = (sum(of[i] for i in own) for of in (counts, after, [s.slices for s in plan.sources]))
-        rows.append({"language": code} | _served(plan, stage, planned, count, total, slices))
+        planned, amount = float(sum(shares[i] for i in own)), sum(text[i] for i in own)
+        rows.append({"language": code} | _served(plan, planned, (count, total, slices), amount, sum(text)))
     return rows
 
 
@@ -90,7 +97,7 @@ def _ramp(plan: Plan, stage: PlanStage) -> dict[str, Any] | None:
     """The non-English share of a ramp's first and last step, and their number; None for constant shares."""
     if len(stage.steps) == 1:
         return None
-    first, last = (plan.non_english_share(stage.steps[end].shares) for end in (0, -1))
+    first, last = (plan.non_english_share(plan.text(stage.steps[end].shares)) for end in (0, -1))
     return {"first": first, "last": last, "steps": len(stage.steps)}
 
 
@@ -125,9 +132,15 @@ def describe(plan: Plan) -> str:
     lines = [f"{len(plan.stages)} stages, {size}, seed {plan.seed}, fingerprint {facts['fingerprint']}"]
     for stage in facts["stages"]:
         lines += ["", *_stage_lines(stage, plan.block_length)]
+    packed = [
+        f"{source.name} {source.slices:,} rows, {float(source.fullness(plan.block_length)):.2%} full"
+        for source in plan.sources
+        if source.packed
+    ]
+    if packed:
+        lines += ["", *_wrapped(f"packed: {', '.join(packed)}; shares and tokens are of text, without the padding")]
     if tails := ", ".join(f"{source.name} {source.dropped_tokens}" for source in plan.sources if source.dropped_tokens):
-        text = f"tails too short for a slice, not read (tokens): {tails}"
-        lines += ["", *textwrap.wrap(text, 120, subsequent_indent="  ", break_long_words=False)]
+        lines += ["", *_wrapped(f"tails too short for a slice, not read (tokens): {tails}")]
     last = facts["stages"][-1]["sources"]
     lines += [
         f"warning: source '{row['source']}' is read {row['epochs_so_far']:.2f} epochs, more than {MANY_EPOCHS}"
@@ -138,6 +151,10 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, subsequent_indent="  ", break_long_words=False)
+
+
 def _stage_lines(stage: dict[str, Any], block_length: int) -> list[str]:
     parts = [
         f"{part} {share:.3%} ({stage['deviation_in_samples'][part]:+.2f} samples from its quota)"
@@ -146,8 +163,10 @@ def _stage_lines(stage: dict[str, Any], block_length: int) -> list[str]:
     ]
     read = [row for row in stage["languages"] if row["samples"]]
     is_news = len(read) < sum(row["samples"] > 0 for row in stage["sources"])
+    text = f", {stage['text_tokens']:,} of them text" if stage["text_tokens"] != stage["tokens"] else ""
     return [
-        f"{stage['stage']}: samples {stage['begin_sample']:,} to {stage['end_sample']:,} ({stage['tokens']:,} tokens)",
+        f"{stage['stage']}: samples {stage['begin_sample']:,} to {stage['end_sample']:,} "
+        f"({stage['tokens']:,} tokens{text})",
         *_setting_lines(stage, block_length),
         *_table(stage["sources"], ["source", "language", "kind"]),
         "  " + ", ".join(parts),

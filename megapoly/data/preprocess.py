@@ -14,7 +14,9 @@ import numpy as np
 
 from megapoly.data.documents import BadLine, documents_of, identity, is_held_out, read_documents
 from megapoly.data.encode import Batch, Job, encode_chunks
-from megapoly.data.indexed import IndexedDatasetWriter, publish, token_dtype
+from megapoly.data.indexed import PACK_NOTE, IndexedDatasetWriter, publish, token_dtype
+from megapoly.data.packed import PackNote, write_note
+from megapoly.data.packing import Packing, pack_documents
 from megapoly.data.progress import Progress
 from megapoly.data.resume import Workspace, only_writer
 from megapoly.data.shuffle import shuffle_documents
@@ -38,6 +40,7 @@ from megapoly.tokenizer.load import HuggingFaceTokenizer, Tokenizer, load_tokeni
 __all__ = ["Summary", "identity", "is_held_out", "preprocess", "read_documents", "read_lines"]
 
 CHECKPOINT_SECONDS = 15.0
+LONGEST_ROW = 1 << 24  # as of seq_length
 SAMPLE_FILES = 16
 SAMPLE_CHARACTERS = 16_000  # of each file: by these a fast tokenizer is compared with the exact one
 
@@ -85,6 +88,8 @@ class _Run:
     described: list[dict[str, Any]]
     valid_fraction: float
     shuffle_seed: int | None
+    pack_length: int | None
+    packed: list[str]  # names, of text to train on: held-out text is read whole and as it lies
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def output(self, name: str) -> str:
@@ -94,13 +99,15 @@ class _Run:
     def stem(self, name: str) -> str:
         """Where its files lie until they have their names."""
         stem = str(self.workspace.folder / name)
+        if name in self.packed:
+            return f"{stem}.packed"
         return stem if self.shuffle_seed is None else f"{stem}.shuffled"
 
     def state(self, phase: str, position: Position, outputs: Any, summary: Summary) -> dict[str, Any]:
         counted = {"languages": {name: asdict(c) for name, c in summary.languages.items()}}
         return {
             "options": self.options, "inputs": self.described, "phase": phase, "position": asdict(position),
-            "outputs": outputs, "summary": counted | {"bad_lines": dict(summary.bad_lines)},
+            "outputs": outputs, "summary": counted | {"bad_lines": dict(summary.bad_lines)}, "packings": {},
         }  # fmt: skip
 
 
@@ -119,6 +126,7 @@ def preprocess(
     on_bad_line: str = "error",
     valid_fraction: float = 0.0,
     shuffle_seed: int | None = None,
+    pack_length: int | None = None,
     tokenizer_backend: str = "auto",
     max_line_bytes: int = MAX_LINE_BYTES,
     max_expansion: float = MAX_EXPANSION,
@@ -131,22 +139,23 @@ def preprocess(
     """Encode text into `{output_prefix}_{key}_document.bin/.idx`, byte for byte as Megatron-LM writes them.
 
     Inputs are JSONL (plain, .gz, .zst) and Parquet files and patterns. With `templates` the outputs are theirs, of
-    lines with their fields. Documents keep the order of the input, or have
-    the order of `shuffle_seed`; empty ones are left out. With `valid_fraction` the documents whose hash of `id` (else
-    of the text) falls below it go to `{output_prefix}_valid_{key}_document`. What a killed run wrote up to its last
-    checkpoint waits in `{output_prefix}.partial` and the same call goes on with it. `log_interval` is in documents.
-    Raises DataError, before any output has its name, for unreadable input, a bad line (`on_bad_line` "error"; "skip"
-    counts them), no documents, a dead worker, a full disk, a second writer, and inputs or options that have changed.
+    lines with their fields. Documents keep the order of the input, or have that of `shuffle_seed`; empty ones are left
+    out. With `valid_fraction` those whose hash of `id` (else of the text) falls below it go to
+    `{output_prefix}_valid_{key}_document`; with `pack_length` the others are packed into rows (packing.py). What a
+    killed run wrote up to its last checkpoint waits in `{output_prefix}.partial` and the same call goes on with it.
+    `log_interval` is in documents. Raises DataError, before any output has its name, for unreadable input, a bad line
+    (`on_bad_line` "error"; "skip" counts them), no documents, a dead worker, a full disk, a second writer, and inputs
+    or options that have changed.
     """
     keys = fields_of(templates) if templates else tuple(json_keys)
     limits = Limits(max_line_bytes, max_expansion)
     wanted = Wanted(keys, language_key, on_bad_line == "skip", limits, tuple(templates))
     _check_options(workers, valid_fraction, on_bad_line, wanted)
+    _check_packing(pack_length, append_eod)
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
     frame = _frame(tokenizer, include_special_tokens, append_eod)
-    run = _plan(inputs, output_prefix, tokenizer, wanted, frame, valid_fraction, shuffle_seed)
+    run = _plan(inputs, output_prefix, tokenizer, wanted, frame, valid_fraction, (shuffle_seed, pack_length))
     run.checkpoint_seconds = checkpoint_seconds
-    total = sum(item["bytes"] for item in run.described)
     try:
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
         with only_writer([run.output(name) for name in run.names]):
@@ -154,7 +163,7 @@ def preprocess(
             try:
                 backend, unlike, why = choose_backend(tokenizer_backend, tokenizer, _sample(run.inputs, wanted))
                 job = Job(tokenizer_type, tokenizer_model, backend, unlike, *frame, valid_fraction, wanted)
-                with Progress(total, log_interval, log, bar) as progress:
+                with Progress(sum(item["bytes"] for item in run.described), log_interval, log, bar) as progress:
                     progress.say(f"tokenizing by {backend}" + (f"; not by gigatoken: {why}" if why else ""))
                     return _carry_out(run, job, tokenizer, workers, state, progress)
             finally:
@@ -171,18 +180,19 @@ def _plan(
     wanted: Wanted,
     frame: tuple[tuple[int, ...], tuple[int, ...]],
     valid_fraction: float,
-    shuffle_seed: int | None,
+    order: tuple[int | None, int | None],
 ) -> _Run:
     paths = expand_inputs(inputs)
     names = [*wanted.outputs, *(f"valid_{name}" for name in wanted.outputs if valid_fraction)]
     options = {
         "tokenizer_type": tokenizer.tokenizer_type, "tokenizer": _digest(tokenizer), "before": list(frame[0]),
         "after": list(frame[1]), "json_keys": list(wanted.keys), "language_key": wanted.language_key,
-        "valid_fraction": valid_fraction, "shuffle_seed": shuffle_seed,
+        "valid_fraction": valid_fraction, "shuffle_seed": order[0], "pack_length": order[1],
         "templates": [[template.name, *map(list, template.parts)] for template in wanted.templates],
     }  # fmt: skip
     described = [describe_input(path) for path in paths]
-    return _Run(prefix, paths, names, Workspace(prefix), options, described, valid_fraction, shuffle_seed)
+    packed = [] if order[1] is None else list(wanted.outputs)
+    return _Run(prefix, paths, names, Workspace(prefix), options, described, valid_fraction, *order, packed)
 
 
 def _carry_out(
@@ -200,21 +210,19 @@ def _carry_out(
         phase = str(state["phase"])
     assert state is not None
     if phase == "shuffle":
-        assert run.shuffle_seed is not None
-        progress.say("shuffling the documents")
-        itemsize = token_dtype(tokenizer.vocab_size).itemsize
-        for name in run.names:
-            shuffle_documents(str(run.workspace.folder / name), itemsize, run.shuffle_seed)
-        state = state | {"phase": "index"}
+        progress.say("shuffling the documents" if run.pack_length is None else "packing the documents")
+        state = state | {"phase": "index", "packings": _put_in_order(run, token_dtype(tokenizer.vocab_size), state)}
         run.workspace.save(state)
     if state["phase"] == "index":
         for name in run.names:
-            _prepare(run, tokenizer, name, state["outputs"][name])
+            if name not in run.packed:
+                _prepare(run, tokenizer, name, state["outputs"][name])
         state = state | {"phase": "publish"}
         run.workspace.save(state)
     for name in run.names:
         _publish(run, name, state["outputs"][name])
     run.workspace.remove()
+    summary.packings = {run.output(name): Packing(**found) for name, found in state.get("packings", {}).items()}
     summary.seconds = time.monotonic() - begin
     summary.mb_per_second = (summary.text_bytes - before) / 1e6 / max(summary.seconds, 1e-9)
     return summary
@@ -250,10 +258,24 @@ def _encode_all(
                 saved = time.monotonic()
         if not summary.documents:
             raise _no_documents(run.inputs, summary)
-        phase = "index" if run.shuffle_seed is None else "shuffle"
+        phase = "index" if run.shuffle_seed is None and run.pack_length is None else "shuffle"
         state = run.state(phase, position, outputs.sync(), summary)
         run.workspace.save(state)
     return state
+
+
+def _put_in_order(run: _Run, dtype: np.dtype, state: dict[str, Any]) -> dict[str, Any]:
+    """Shuffle the documents of all keys, those to be packed as rows; what came of packing, by key."""
+    packings: dict[str, Any] = {}
+    for name in run.names:
+        stem = str(run.workspace.folder / name)
+        if run.pack_length is not None and name in run.packed and state["outputs"][name][0]:
+            packing = pack_documents(stem, dtype, run.pack_length, run.shuffle_seed or 0)
+            write_note(f"{run.stem(name)}.note", PackNote(packing.pack_length, packing.rows, packing.tokens))
+            packings[name] = asdict(packing)
+        elif run.shuffle_seed is not None:
+            shuffle_documents(stem, dtype.itemsize, run.shuffle_seed)
+    return packings
 
 
 def _prepare(run: _Run, tokenizer: Tokenizer, name: str, size: tuple[int, int]) -> None:
@@ -265,10 +287,10 @@ def _publish(run: _Run, name: str, size: tuple[int, int]) -> None:
     """An empty held-out side leaves no files, nor those of an earlier run, which would belong to other text."""
     prefix, stem = run.output(name), run.stem(name)
     if size[0]:
-        publish(prefix, {kind: f"{stem}.{kind}" for kind in ("bin", "lengths", "idx")})
+        publish(prefix, {kind: f"{stem}.{kind}" for kind in ("bin", "lengths", "idx", "note")})
     else:
-        Path(f"{prefix}.idx").unlink(missing_ok=True)
-        Path(f"{prefix}.bin").unlink(missing_ok=True)
+        for kind in (".idx", ".bin", PACK_NOTE):
+            Path(prefix + kind).unlink(missing_ok=True)
 
 
 def _check_options(workers: int, valid_fraction: float, on_bad_line: str, wanted: Wanted) -> None:
@@ -289,6 +311,18 @@ def _check_options(workers: int, valid_fraction: float, on_bad_line: str, wanted
             raise DataError(f"json_keys: '{key}' is no plain name: it is a part of the names of the output files")
         if names.count(key) > 1:
             raise DataError(f"json_keys: two outputs would be PREFIX_{key}_document; give each key once")
+
+
+def _check_packing(pack_length: int | None, append_eod: bool) -> None:
+    if pack_length is None:
+        return
+    if not 1 <= pack_length <= LONGEST_ROW:
+        raise DataError(f"pack_length ({pack_length}) must lie between 1 and {LONGEST_ROW}: the tokens of a sample")
+    if not append_eod:
+        raise DataError(
+            f"pack_length ({pack_length}) needs append_eod: nothing else tells the documents of a row apart; "
+            "give --append-eod"
+        )
 
 
 def _no_documents(inputs: Sequence[str], s: Summary) -> DataError:

@@ -48,13 +48,13 @@ class IndexedDataset:
         try:
             self._open()
         except OSError as error:
-            raise _unreadable(error, self.idx_path) from None
+            raise unreadable(error, self.idx_path) from None
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return IndexedDataset, (self.prefix,)  # another process opens the files itself
 
     def _open(self) -> None:
-        self._bin = _open_to_read(self.bin_path)
+        self._bin = open_to_read(self.bin_path)
         weakref.finalize(self, os.close, self._bin)
         index = os.open(self.idx_path, os.O_RDONLY)
         try:
@@ -68,22 +68,22 @@ class IndexedDataset:
     def _read_header(self, index: int) -> None:
         header, size = os.pread(index, HEADER.size, 0), os.fstat(index).st_size
         if len(header) < HEADER.size:
-            raise self._damage(f"is {size} bytes long, shorter than its header of {HEADER.size}")
+            raise self.damage(f"is {size} bytes long, shorter than its header of {HEADER.size}")
         magic, version, code, n_sequences, n_entries = HEADER.unpack(header)
         if magic != MAGIC:
-            raise self._damage(f"starts with {magic!r}, not with {MAGIC!r}: this is no Megatron-LM index")
+            raise self.damage(f"starts with {magic!r}, not with {MAGIC!r}: this is no Megatron-LM index")
         if version != VERSION:
-            raise self._damage(f"has version {version}; only version {VERSION} is known")
+            raise self.damage(f"has version {version}; only version {VERSION} is known")
         if code not in DTYPES:
             kind = "holds floating-point numbers, not tokens" if code in FLOAT_CODES else "is unknown"
-            raise self._damage(f"has dtype code {code}, which {kind} (known: {sorted(DTYPES)})")
+            raise self.damage(f"has dtype code {code}, which {kind} (known: {sorted(DTYPES)})")
         expected = HEADER.size + 12 * n_sequences + 8 * n_entries
         if size != expected:
-            raise self._damage(
+            raise self.damage(
                 f"is {size} bytes long, but {n_sequences} sequences and {n_entries} document entries need {expected}"
             )
         if n_entries == 0:
-            raise self._damage("has 0 document entries; at least 1 is needed")
+            raise self.damage("has 0 document entries; at least 1 is needed")
         self.dtype, self.num_sequences, self.num_documents = DTYPES[code], n_sequences, n_entries - 1
         self._kind = f"{self.dtype.kind}{self.dtype.itemsize}"
 
@@ -93,7 +93,7 @@ class IndexedDataset:
         def entry(layout: str, position: int) -> int:
             data = os.pread(index, struct.calcsize(layout), position)
             if len(data) < struct.calcsize(layout):
-                raise self._damage(f"ended at byte {position + len(data)} while it was read")
+                raise self.damage(f"ended at byte {position + len(data)} while it was read")
             return int(struct.unpack(layout, data)[0])
 
         n, item, expected = self.num_sequences, self.dtype.itemsize, 0
@@ -102,11 +102,11 @@ class IndexedDataset:
             first, start = entry("<q", offsets), entry("<q", offsets + 8 * (n - 1))
             length = entry("<i", HEADER.size + 4 * (n - 1))
             if first != 0:
-                raise self._damage(f"puts sequence 0 at byte {first}, not at 0")
+                raise self.damage(f"puts sequence 0 at byte {first}, not at 0")
             if length < 0:
-                raise self._damage(f"gives sequence {n - 1} the length {length}; lengths must be at least 0")
+                raise self.damage(f"gives sequence {n - 1} the length {length}; lengths must be at least 0")
             if start < 0 or start % item:
-                raise self._damage(f"puts sequence {n - 1} at byte {start}, where no token of {item} bytes begins")
+                raise self.damage(f"puts sequence {n - 1} at byte {start}, where no token of {item} bytes begins")
             expected = start + length * item
         if size != expected:
             raise DataError(
@@ -117,7 +117,7 @@ class IndexedDataset:
         documents = HEADER.size + 12 * n
         head, last = entry("<q", documents), entry("<q", documents + 8 * self.num_documents)
         if head != 0 or last != n:
-            raise self._damage(f"has a document index from {head} to {last}; it must run from 0 to {n}")
+            raise self.damage(f"has a document index from {head} to {last}; it must run from 0 to {n}")
 
     @cached_property
     def _index(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -129,11 +129,11 @@ class IndexedDataset:
             else:
                 index = np.asarray(np.memmap(self.idx_path, dtype=np.uint8, mode="r"))
         except OSError as error:
-            raise _unreadable(error, self.idx_path) from None
+            raise unreadable(error, self.idx_path) from None
         except ValueError:  # memmap's, for an empty file
-            raise self._damage("became empty since it was opened") from None
+            raise self.damage("became empty since it was opened") from None
         if len(index) != ends[-1]:
-            raise self._damage(f"is {len(index)} bytes long, not {ends[-1]} as it was when it was opened")
+            raise self.damage(f"is {len(index)} bytes long, not {ends[-1]} as it was when it was opened")
         lengths, offsets, documents = (index[begin:end] for begin, end in itertools.pairwise(ends))
         return lengths.view("<i4"), offsets.view("<i8"), documents.view("<i8")
 
@@ -152,31 +152,32 @@ class IndexedDataset:
             offsets = all_offsets[begin : begin + INDEX_CHUNK]
             if lengths.min() < 0:
                 i = int(np.argmax(lengths < 0))
-                raise self._damage(f"gives sequence {begin + i} the length {lengths[i]}; lengths must be at least 0")
+                raise self.damage(f"gives sequence {begin + i} the length {lengths[i]}; lengths must be at least 0")
             ends = expected + np.cumsum(lengths) * item
             starts = ends - lengths * item
             wrong = offsets != starts
             if wrong.any():
                 i = int(np.argmax(wrong))
-                raise self._damage(f"puts sequence {begin + i} at byte {offsets[i]}, not at {starts[i]}")
+                raise self.damage(f"puts sequence {begin + i} at byte {offsets[i]}, not at {starts[i]}")
             expected = int(ends[-1])
             if expected > size:
                 break
         if expected != size:  # the ends of the index are those of opening, or the file changed since
-            raise self._damage(f"describes {expected} bytes, but {self.bin_path} had {size} when it was opened")
+            raise self.damage(f"describes {expected} bytes, but {self.bin_path} had {size} when it was opened")
 
     def _check_documents(self) -> None:
         documents = self._index[2]
         if documents[0] != 0 or documents[-1] != self.num_sequences:
-            raise self._damage("changed its document index since it was opened")
+            raise self.damage("changed its document index since it was opened")
         for begin in range(0, self.num_documents, INDEX_CHUNK):
             part = documents[begin : begin + INDEX_CHUNK + 1]
             falling = part[1:] < part[:-1]
             if falling.any():
                 i = int(np.argmax(falling))
-                raise self._damage(f"has a document index that falls from {part[i]} to {part[i + 1]} at {begin + i}")
+                raise self.damage(f"has a document index that falls from {part[i]} to {part[i + 1]} at {begin + i}")
 
-    def _damage(self, what: str) -> DataError:
+    def damage(self, what: str) -> DataError:
+        """What is wrong with the index, as an error."""
         return DataError(f"{self.idx_path}: {what}; write or copy the dataset again")
 
     @property
@@ -229,7 +230,7 @@ class IndexedDataset:
             if len(data) < size:  # Linux reads at most 2 GiB at once
                 data = self._read_on(data, size, position)
         except OSError as error:
-            raise _unreadable(error, self.bin_path) from None
+            raise unreadable(error, self.bin_path) from None
         return np.frombuffer(data, self.dtype)
 
     def _read_on(self, data: bytes, size: int, position: int) -> bytes:
@@ -261,12 +262,13 @@ def check_ids(tokens: npt.NDArray[np.integer], vocab_size: int, name: str, begin
         )
 
 
-def _unreadable(error: OSError, path: str) -> DataError:
+def unreadable(error: OSError, path: str) -> DataError:
+    """What the system says of a file, as an error."""
     advice = "; raise the limit, `ulimit -n`" if error.errno == errno.EMFILE else ""
     return DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}{advice}")
 
 
-def _open_to_read(path: str) -> int:
+def open_to_read(path: str) -> int:
     """A file descriptor that stays open; thousands of them leave the process room for others of its own."""
     handle = os.open(path, os.O_RDONLY)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

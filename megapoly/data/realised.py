@@ -83,6 +83,8 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
                 cells[number, column[name]] = value
     if first > 1:  # it went on from a checkpoint elsewhere
         ends[0] = ends[1] - -(-int(tokens_RS[0].sum()) // plan.block_length)
+        if _is_packed(plan) and len(lines) > 1:  # how many samples these tokens came from cannot be told
+            return Steps(first + 1, np.array(ends[1:]), tokens_RS[1:], losses_RS[1:])
     return Steps(first, np.array(ends), tokens_RS, losses_RS)
 
 
@@ -107,7 +109,7 @@ def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> d
 
     A step counts in the stage of its first sample, its plan is that of its own samples. `off_by_samples` is what was
     read beyond the plan; `steps_off_the_plan` are those whose tokens of some source are not those of the sampler's
-    samples, None where masked labels, which are not counted, keep that from being told.
+    samples, None where that cannot be told: masked labels are not counted, and rows of packed text differ in theirs.
     """
     borders, reports = steps.of_stages(plan), []
     for stage, first, last in zip(plan.stages, borders, borders[1:], strict=False):
@@ -130,9 +132,13 @@ def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> d
         "steps": steps.num,
         "samples": int(steps.ends[-1]),
         "of_samples": plan.num_samples,
-        "steps_off_the_plan": None if has_masked_labels else _steps_off(plan, steps),
+        "steps_off_the_plan": None if has_masked_labels or _is_packed(plan) else _steps_off(plan, steps),
         "stages": reports,
     }
+
+
+def _is_packed(plan: Plan) -> bool:
+    return any(source.packed for source in plan.sources)
 
 
 def _steps_off(plan: Plan, steps: Steps) -> list[int]:
@@ -213,6 +219,6 @@ def describe_shares(report: dict[str, Any]) -> str:
 def _exactness(report: dict[str, Any]) -> str:
     off = report["steps_off_the_plan"]
     if off is None:
-        return "labels are masked, so that tokens and samples are not compared step by step"
+        return "labels are masked or text is packed, so that tokens and samples are not compared step by step"
     said = f"{len(off)} of them not, first step {off[0]}" if off else "without exception"
     return f"each step has the tokens of each source that the plan gives it, {said}"

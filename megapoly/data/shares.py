@@ -1,9 +1,15 @@
-"""The shares of a stage over its sources, exact fractions, from any of the six ways in which a stage may give them."""
+"""The shares of a stage over its sources, exact fractions, from any of the six ways in which a stage may give them.
 
+A share is of text. A sample of packed documents is not full of it, so such a source has more of the samples than of the
+text: its share over its fullness.
+"""
+
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
+from functools import cached_property
 
 from megapoly.config import nearest
 from megapoly.data.ramp import Ramp
@@ -41,7 +47,12 @@ class Mixture:
     def name(self) -> str:
         return self.stage.name
 
-    @property
+    @cached_property
+    def fullness(self) -> list[Fraction]:
+        """Part of each source's samples that is text."""
+        return [source.fullness(self.block_length) for source in self.counted]
+
+    @cached_property
     def weights(self) -> list[Fraction]:
         return [decimal(source.weight, f"source '{source.name}': weight") for source in self.sources]
 
@@ -50,6 +61,14 @@ class Mixture:
         """Languages of the text, each once, in the order of the sources."""
         return list(dict.fromkeys(s.language for s in self.sources if s.kind != "code"))
 
+    @cached_property
+    def members(self) -> list[list[int]]:
+        """The numbers of each language's sources."""
+        return [
+            [i for i, s in enumerate(self.sources) if s.kind != "code" and s.language == code]
+            for code in self.languages
+        ]
+
     @property
     def code(self) -> Fraction:
         """The share of code."""
@@ -57,7 +76,7 @@ class Mixture:
 
 
 def share_steps(mix: Mixture) -> tuple[ShareStep, ...]:
-    """The stage as stretches of constant shares; one, unless its share is a ramp.
+    """The stage as stretches of constant shares of samples; one, unless its share is a ramp.
 
     ConfigError for shares that contradict themselves, DataError for a source that has a share and no slice.
     """
@@ -66,12 +85,19 @@ def share_steps(mix: Mixture) -> tuple[ShareStep, ...]:
     if isinstance(dial, dict):
         where = f"stage '{mix.name}': non_english_share"
         stairs = Ramp.of(dial, where).staircase(mix.samples)
-        steps = tuple(ShareStep(samples, _by_dial(mix, share)) for samples, share in stairs)
+        steps = tuple(ShareStep(samples, _of_samples(mix, _by_dial(mix, share))) for samples, share in stairs)
     else:
-        steps = (ShareStep(mix.samples, WAY[way](mix)),)
-    for step in steps:
-        _refuse_unreadable(mix, step.shares)
+        steps = (ShareStep(mix.samples, _of_samples(mix, WAY[way](mix))),)
     return steps
+
+
+def _of_samples(mix: Mixture, shares: Shares) -> Shares:
+    """Shares of text as shares of samples; DataError for a source that has one and no slice."""
+    _refuse_unreadable(mix, shares)
+    if not any(source.packed for source in mix.counted):
+        return shares
+    samples = [share / part for share, part in zip(shares, mix.fullness, strict=True)]
+    return tuple(share / sum(samples) for share in samples)
 
 
 def _way(stage: Stage) -> str:
@@ -132,7 +158,8 @@ def _by_unimax(mix: Mixture) -> Shares:
     """`unimax`: all languages alike, but no source more than so many epochs (Chung et al. 2023, arXiv 2304.09151).
 
     What a language cannot give without further epochs, the others give in equal parts; its sources share likewise, by
-    their weights. Epochs count from the run's beginning, and not a sample more is read.
+    their weights. Epochs count from the run's beginning, and not a sample more is read. How much text that is depends
+    on how full the samples of the sources are: it goes up in straight lines from one source's end to the next one's.
     """
     cap = mix.stage.unimax
     assert cap is not None
@@ -141,31 +168,62 @@ def _by_unimax(mix: Mixture) -> Shares:
             f"stage '{mix.name}': unimax ({cap:g}) is the most epochs of a source, above 0 and at most 1000"
         )
     _refuse_empty(mix, "unimax")
-    epochs = decimal(cap, f"stage '{mix.name}': unimax")
-    rooms = [
+    rooms, of_text = _rooms(mix, decimal(cap, f"stage '{mix.name}': unimax")), 1 - mix.code
+    code = _with_code(mix, [Fraction(0)] * len(mix.sources))
+    beside = sum((share / part for share, part in zip(code, mix.fullness, strict=True)), Fraction(0))
+    costs = [
+        of_text / part + beside for part in mix.fullness
+    ]  # samples for some text, and for the code it brings along
+
+    def samples(text: Fraction) -> Fraction:
+        return sum((part * cost for part, cost in zip(_alike(mix, rooms, text), costs, strict=True)), Fraction(0))
+
+    wanted, ends = mix.samples * of_text, _ends(mix, rooms)
+    if samples(ends[-1]) < wanted:
+        needed = wanted * (ends[-1] / samples(ends[-1]) if ends[-1] else 1)
+        raise ConfigError(
+            f"stage '{mix.name}': unimax {cap:g} leaves {float(ends[-1]) * mix.block_length:,.0f} tokens to read, "
+            f"the stage wants {float(needed) * mix.block_length:,.0f}; shorten it, add text or allow more epochs"
+        )
+    if not wanted:
+        return code
+    last = bisect_left(ends, wanted, key=samples)
+    low, high = (samples(ends[i]) for i in (last - 1, last))
+    text = ends[last - 1] + (ends[last] - ends[last - 1]) * (wanted - low) / (high - low)
+    parts = _alike(mix, rooms, text)
+    return tuple(part * of_text / text + share for part, share in zip(parts, code, strict=True))
+
+
+def _rooms(mix: Mixture, epochs: Fraction) -> list[Fraction]:
+    """Text that each source has left within so many epochs, in full samples; of code none."""
+    slices = [
         max(epochs * counted.slices - taken - ROUNDING, Fraction(0))
         if weight and source.kind != "code"
         else Fraction(0)
         for source, counted, taken, weight in zip(mix.sources, mix.counted, mix.taken, mix.weights, strict=True)
     ]
-    wanted = mix.samples * (1 - mix.code)
-    if sum(rooms) < wanted:
-        raise ConfigError(
-            f"stage '{mix.name}': unimax {cap:g} leaves {float(sum(rooms)) * mix.block_length:,.0f} tokens to read, "
-            f"the stage wants {float(wanted) * mix.block_length:,.0f}; shorten it, add text or allow more epochs"
-        )
-    members = {
-        code: [i for i, s in enumerate(mix.sources) if s.kind != "code" and s.language == code]
-        for code in mix.languages
-    }
-    room_of = [sum((rooms[i] for i in own), Fraction(0)) for own in members.values()]
-    gifts = fill(wanted, [Fraction(1)] * len(members), room_of)
-    shares = [Fraction(0)] * len(mix.sources)
-    for own, gift in zip(members.values(), gifts, strict=True):
-        parts = fill(gift, [mix.weights[i] for i in own], [rooms[i] for i in own])
-        for i, part in zip(own, parts, strict=True):
-            shares[i] = part / mix.samples
-    return _with_code(mix, shares)
+    return [part * room for part, room in zip(mix.fullness, slices, strict=True)]
+
+
+def _alike(mix: Mixture, rooms: Sequence[Fraction], text: Fraction) -> list[Fraction]:
+    """So much text dealt out to all languages alike, and within each by weight, as far as there is room."""
+    parts, members = [Fraction(0)] * len(mix.sources), mix.members
+    room_of = [sum((rooms[i] for i in own), Fraction(0)) for own in members]
+    for own, gift in zip(members, fill(text, [Fraction(1)] * len(members), room_of), strict=True):
+        of_own = fill(gift, [mix.weights[i] for i in own], [rooms[i] for i in own])
+        for i, part in zip(own, of_own, strict=True):
+            parts[i] = part
+    return parts
+
+
+def _ends(mix: Mixture, rooms: Sequence[Fraction]) -> list[Fraction]:
+    """The amounts of text, of all languages alike, at which a source has no more room; from 0 to all there is."""
+    levels = {Fraction(0)}
+    for own in mix.members:
+        for rate in {rooms[i] / mix.weights[i] for i in own if mix.weights[i]}:
+            levels.add(sum((min(rooms[i], rate * mix.weights[i]) for i in own), Fraction(0)))
+    room_of = [sum((rooms[i] for i in own), Fraction(0)) for own in mix.members]
+    return sorted({sum((min(level, room) for room in room_of), Fraction(0)) for level in levels})
 
 
 def _by_dial(mix: Mixture, share: Fraction | None = None) -> Shares:

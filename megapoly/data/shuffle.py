@@ -2,13 +2,15 @@
 
 Document n gets the key hash(seed, n), and the order of the keys is the new order. Documents are dealt into files by the
 range in which their keys fall; a file small enough is sorted in memory, a larger one dealt again. The order depends on
-the seed and on nothing else, not on how much memory was used.
+the seed and on nothing else, not on how much memory was used. Documents of one number stay together, in the order in
+which they came.
 """
 
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ READ_BYTES = 8 << 20
 READ_DOCUMENTS = 1 << 16
 DOCUMENT_BYTES = 256  # what a document takes in memory beside its tokens
 MOST_FILES = 128
+KINDS = ("bin", "lengths", "numbers")
 FEW_DOCUMENTS = 256  # so few are fetched one by one, however long they are
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
@@ -38,34 +41,17 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def shuffle_documents(stem: str, itemsize: int, seed: int, leaf_bytes: int = LEAF_BYTES) -> str:
-    """Write the documents of STEM.bin / STEM.lengths in the order of the seed to STEM.shuffled.*; returns that stem.
+class Pile:
+    """Documents on disk: tokens, lengths (<i4) and, where they are not those of their order, numbers (<u8)."""
 
-    Both files are on the disk at the end. What an earlier attempt left is begun anew. Beside its result it takes about
-    as much space on the disk as STEM.bin has, and less and less of it as the result grows.
-    """
-    out, folder = f"{stem}.shuffled", Path(f"{stem}.buckets")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with open(f"{out}.bin", "wb") as tokens, open(f"{out}.lengths", "wb") as lengths:
-        _sort(_Pile(stem, None), (0, 2**64), itemsize, seed, leaf_bytes, (tokens, lengths))
-        for file in (tokens, lengths):
-            file.flush()
-            os.fsync(file.fileno())
-    shutil.rmtree(folder)
-    return out
-
-
-class _Pile:
-    """Documents on disk: tokens, lengths and, of all but the first pile, the number of each in the corpus."""
-
-    def __init__(self, stem: str, numbers: str | None) -> None:
-        self.stem, self.numbers_path = stem, numbers
-        self.bytes = os.path.getsize(f"{stem}.bin")
-        self.documents = os.path.getsize(f"{stem}.lengths") // 4
+    def __init__(self, tokens: str, lengths: str, numbers: str | None = None, is_passing: bool = False) -> None:
+        self.tokens_path, self.lengths_path, self.numbers_path = tokens, lengths, numbers
+        self.is_passing = is_passing
+        self.bytes = os.path.getsize(tokens)
+        self.documents = os.path.getsize(lengths) // 4
 
     def lengths(self, begin: int, count: int) -> npt.NDArray[np.int64]:
-        return np.fromfile(f"{self.stem}.lengths", "<i4", count, offset=4 * begin).astype(np.int64)
+        return np.fromfile(self.lengths_path, "<i4", count, offset=4 * begin).astype(np.int64)
 
     def numbers(self, begin: int, count: int) -> npt.NDArray[np.uint64]:
         if self.numbers_path is None:
@@ -73,40 +59,69 @@ class _Pile:
         return np.fromfile(self.numbers_path, "<u8", count, offset=8 * begin)
 
     def remove(self) -> None:
-        if self.numbers_path is not None:
-            for path in (f"{self.stem}.bin", f"{self.stem}.lengths", self.numbers_path):
+        """Free the space of what was only made on the way."""
+        if self.is_passing and self.numbers_path is not None:
+            for path in (self.tokens_path, self.lengths_path, self.numbers_path):
                 os.unlink(path)
 
 
+def shuffle_documents(stem: str, itemsize: int, seed: int, leaf_bytes: int = LEAF_BYTES) -> str:
+    """Write the documents of STEM.bin / STEM.lengths in the order of the seed to STEM.shuffled.*; returns that stem.
+
+    Both files are on the disk at the end. What an earlier attempt left is begun anew. Beside its result it takes about
+    as much space on the disk as STEM.bin has, and less and less of it as the result grows.
+    """
+    out = f"{stem}.shuffled"
+    sort_documents(Pile(f"{stem}.bin", f"{stem}.lengths"), out, ("bin", "lengths"), itemsize, seed, leaf_bytes)
+    return out
+
+
+def sort_documents(
+    pile: Pile, out: str, kinds: Sequence[str], itemsize: int, seed: int, leaf_bytes: int = LEAF_BYTES
+) -> None:
+    """Write a pile in the order of its numbers' keys to OUT.bin, OUT.lengths and, if among the kinds, OUT.numbers."""
+    folder = Path(f"{out}.buckets")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(f"{out}.{kind}", "wb")) for kind in kinds]
+        _sort(pile, str(folder / "x"), (0, 2**64), itemsize, seed, leaf_bytes, files)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    shutil.rmtree(folder)
+
+
 def _sort(
-    pile: _Pile,
+    pile: Pile,
+    stem: str,
     keys: tuple[int, int],
     itemsize: int,
     seed: int,
     leaf_bytes: int,
-    out: tuple[io.BufferedWriter, io.BufferedWriter],
+    out: Sequence[io.BufferedWriter],
 ) -> None:
+    """Write the pile, whose keys lie in that range, behind what `out` has; what it is dealt into is STEM-NNN.*."""
     low, high = keys
-    if (pile.bytes <= leaf_bytes and pile.documents <= leaf_bytes // DOCUMENT_BYTES) or pile.documents <= FEW_DOCUMENTS:
+    is_small = pile.bytes <= leaf_bytes and pile.documents <= leaf_bytes // DOCUMENT_BYTES
+    if is_small or pile.documents <= FEW_DOCUMENTS or high - low == 1:
         _write_sorted(pile, itemsize, seed, leaf_bytes, out)
         pile.remove()
         return
-    parts = min(MOST_FILES, 2 + 2 * max(pile.bytes, DOCUMENT_BYTES * pile.documents) // leaf_bytes)
+    parts = min(MOST_FILES, 2 + 2 * max(pile.bytes, DOCUMENT_BYTES * pile.documents) // leaf_bytes, high - low)
     bounds = [low + (high - low) * i // parts for i in range(parts + 1)]
-    stems = _deal(pile, bounds, itemsize, seed)
+    parts_of = _deal(pile, stem, bounds, itemsize, seed)
     pile.remove()
-    for i, stem in enumerate(stems):
-        _sort(_Pile(stem, f"{stem}.numbers"), (bounds[i], bounds[i + 1]), itemsize, seed, leaf_bytes, out)
+    for i, part in enumerate(parts_of):
+        dealt = Pile(f"{part}.bin", f"{part}.lengths", f"{part}.numbers", is_passing=True)
+        _sort(dealt, part, (bounds[i], bounds[i + 1]), itemsize, seed, leaf_bytes, out)
 
 
-def _deal(pile: _Pile, bounds: list[int], itemsize: int, seed: int) -> list[str]:
+def _deal(pile: Pile, stem: str, bounds: list[int], itemsize: int, seed: int) -> list[str]:
     """Write each document to the file in whose range its key lies."""
-    folder = Path(f"{pile.stem}.buckets" if pile.numbers_path is None else pile.stem + "-")
-    folder.mkdir(exist_ok=True)
-    stems = [str(folder / f"{i:03d}") for i in range(len(bounds) - 1)]
+    stems = [f"{stem}-{i:03d}" for i in range(len(bounds) - 1)]
     inner = np.array(bounds[1:-1], dtype=np.uint64)
-    kinds = ("bin", "lengths", "numbers")
-    files = [[open(f"{stem}.{kind}", "wb", buffering=0) for kind in kinds] for stem in stems]  # noqa: SIM115
+    files = [[open(f"{part}.{kind}", "wb", buffering=0) for kind in KINDS] for part in stems]  # noqa: SIM115
     try:
         for numbers, lengths, tokens in _pieces(pile, itemsize):
             part = np.searchsorted(inner, document_keys(seed, numbers), side="right")
@@ -126,9 +141,9 @@ def _deal(pile: _Pile, bounds: list[int], itemsize: int, seed: int) -> list[str]
     return stems
 
 
-def _pieces(pile: _Pile, itemsize: int) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], memoryview]]:
+def _pieces(pile: Pile, itemsize: int) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], memoryview]]:
     """(numbers, lengths, bytes of the tokens) of some documents at a time, of at least one."""
-    with open(f"{pile.stem}.bin", "rb") as file:
+    with open(pile.tokens_path, "rb") as file:
         begin = 0
         while begin < pile.documents:
             lengths = pile.lengths(begin, READ_DOCUMENTS)
@@ -143,13 +158,10 @@ def _split(tokens: memoryview, sizes: npt.NDArray[np.int64]) -> list[memoryview]
     return [tokens[a:b] for a, b in zip((ends - sizes).tolist(), ends.tolist(), strict=True)]
 
 
-def _write_sorted(
-    pile: _Pile, itemsize: int, seed: int, leaf_bytes: int, out: tuple[io.BufferedWriter, io.BufferedWriter]
-) -> None:
-    lengths = pile.lengths(0, pile.documents)
-    keys = document_keys(seed, pile.numbers(0, pile.documents))
-    order = np.argsort(keys, kind="stable")  # equal keys stay in the order of the corpus
-    with open(f"{pile.stem}.bin", "rb") as file:
+def _write_sorted(pile: Pile, itemsize: int, seed: int, leaf_bytes: int, out: Sequence[io.BufferedWriter]) -> None:
+    lengths, numbers = pile.lengths(0, pile.documents), pile.numbers(0, pile.documents)
+    order = np.argsort(document_keys(seed, numbers), kind="stable")  # equal keys stay in the order of the corpus
+    with open(pile.tokens_path, "rb") as file:
         if pile.bytes <= leaf_bytes:
             documents = _split(memoryview(file.read()), lengths * itemsize)
             out[0].write(b"".join([documents[k] for k in order.tolist()]))
@@ -159,6 +171,8 @@ def _write_sorted(
                 file.seek(int(ends[k]) - int(lengths[k]) * itemsize)
                 out[0].write(file.read(int(lengths[k]) * itemsize))
     out[1].write(lengths[order].astype("<i4").tobytes())
+    for numbers_file in out[2:]:
+        numbers_file.write(numbers[order].astype("<u8").tobytes())
 
 
 def _write_all(file: io.FileIO, content: bytes) -> None:

@@ -15,7 +15,10 @@ ENGLISH, NON_ENGLISH, CODE = PARTS = ("English", "non-English", "code")
 
 @dataclass(frozen=True)
 class PlanSource:
-    """A source as the plan reads it; `dropped_tokens` at its end fill no slice."""
+    """A source as the plan reads it; `dropped_tokens` at its end fill no slice.
+
+    The slices of a packed one are rows of documents; `padding_tokens` of them have no text to predict.
+    """
 
     name: str
     language: str
@@ -23,6 +26,12 @@ class PlanSource:
     tokens: int
     slices: int
     dropped_tokens: int
+    packed: bool = False
+    padding_tokens: int = 0
+
+    def fullness(self, length: int) -> Fraction:
+        """Part of its samples of `length` tokens that is text, on average; 1 unless it is packed."""
+        return 1 - Fraction(self.padding_tokens, self.slices * length) if self.padding_tokens else Fraction(1)
 
 
 def part_of(source: Source | PlanSource) -> str:
@@ -40,16 +49,23 @@ def slices_of(tokens: int, length: int) -> int:
     return max(tokens - 1, 0) // length
 
 
-def plan_sources(sources: Sequence[Source], tokens_by_source: Sequence[int], length: int) -> tuple[PlanSource, ...]:
+def plan_sources(
+    sources: Sequence[Source], tokens_by_source: Sequence[int], rows_by_source: Sequence[int], length: int
+) -> tuple[PlanSource, ...]:
     """The sources with their slices; ConfigError for a name, language, kind or weight that cannot be meant."""
     found = []
-    for source, tokens in zip(sources, tokens_by_source, strict=True):
+    for source, tokens, rows in zip(sources, tokens_by_source, rows_by_source, strict=True):
         decimal(source.weight, f"source '{source.name}': weight")
         _refuse_language(source)
         if source.kind not in KINDS:
             raise ConfigError(
                 f"source '{source.name}': kind '{source.kind}' is unknown; {nearest(source.kind, list(KINDS))}"
             )
+        if source.packed:
+            slices = rows if tokens > rows else 0  # a row of one token has nothing to predict
+            padding = slices * length - (tokens - rows) if slices else 0
+            found.append(PlanSource(source.name, source.language, source.kind, tokens, slices, 0, True, padding))
+            continue
         slices = slices_of(tokens, length)
         dropped = tokens - (slices * length + 1) if slices else tokens
         found.append(PlanSource(source.name, source.language, source.kind, tokens, slices, dropped))

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from megapoly.data.documents import UNKNOWN_LANGUAGE
+from megapoly.data.packing import Packing
 
 MOST_LANGUAGES = 1000  # what a hostile file invents must not fill the memory
 
@@ -40,7 +41,7 @@ def merge_counts(into: dict[str, Counts], languages: dict[str, Counts]) -> None:
 
 @dataclass
 class Summary:
-    """What was written, by language and in all, and bad lines by kind.
+    """What was written, by language and in all, bad lines by kind, and what came of packing, by prefix.
 
     `seconds` and `mb_per_second` (of text) are those of the last process, where several had to take their turn.
     """
@@ -50,6 +51,7 @@ class Summary:
     seconds: float = 0.0
     mb_per_second: float = 0.0
     backend: str = ""
+    packings: dict[str, Packing] = field(default_factory=dict)
 
     @property
     def all(self) -> Counts:
@@ -97,10 +99,10 @@ class Summary:
         return ", ".join(parts) + (f" ({', '.join(kinds)})" if kinds else "")
 
     def table(self) -> list[str]:
-        """Lines with documents, tokens, bytes per token and bad lines of each language."""
+        """Lines with documents, tokens, bytes per token and bad lines of each language; and of each packed set."""
         lines = [f"{'language':<12}{'documents':>12}{'held out':>10}{'tokens':>15}{'bytes/token':>13}{'bad lines':>11}"]
         for name, c in [*sorted(self.languages.items()), ("all", self.all)]:
             tokens = c.tokens + c.held_out_tokens
             ratio = c.text_bytes / tokens if tokens else 0.0
             lines.append(f"{name:<12}{c.documents:>12}{c.held_out:>10}{tokens:>15}{ratio:>13.2f}{c.bad_lines:>11}")
-        return lines
+        return lines + [f"{prefix}: {packing}" for prefix, packing in self.packings.items()]

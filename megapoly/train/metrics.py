@@ -219,7 +219,7 @@ def progress_line(run: Run, row: dict[str, Any], left: str) -> str:
     plan = run.prepared.plan
     stage = plan.stages[plan.stage_at(row["samples"] - 1)]
     counts, before = plan.sampler().counts(row["samples"]), plan.sampler().counts(stage.begin_sample)
-    share = plan.non_english_share([now - then for now, then in zip(counts, before, strict=True)])
+    share = plan.non_english_share(plan.text([now - then for now, then in zip(counts, before, strict=True)]))
     return (
         f"step {row['step']:>{width}}/{run.prepared.num_steps}  {stage.name}  loss {row['loss']:.3f} "
         f"(en {row['loss_english']:.3f}, other {row['loss_non_english']:.3f})  non-English {share:.1%} of stage  "

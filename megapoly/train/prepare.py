@@ -13,7 +13,7 @@ from pathlib import Path
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
 from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
-from megapoly.data.curriculum import Plan, make_plan, open_sources
+from megapoly.data.curriculum import Plan, make_plan, open_sources, plan_for
 from megapoly.data.indexed import TokenStream
 from megapoly.data.infilling import Infilling, make_infilling
 from megapoly.data.plan_changes import PlanChange, plan_changes
@@ -219,11 +219,11 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
 
 def _old_plan(reader: CheckpointReader) -> Plan | None:
     """The plan that a checkpoint was made with; None where it does not say how many tokens its sources had."""
-    tokens = reader.counts("source_tokens")
-    if tokens is None or len(tokens) != len(reader.config.data.sources):
+    tokens, rows = reader.counts("source_tokens"), reader.counts("source_rows")
+    if tokens is None or {len(tokens), len(rows or tokens)} != {len(reader.config.data.sources)}:
         return None
     try:
-        return make_plan(reader.config, tokens)
+        return make_plan(reader.config, tokens, rows)
     except MegapolyError as error:
         raise CheckpointError(f"{reader.folder / 'state.json'}: its data plan cannot be read: {error}") from None
 
@@ -275,7 +275,7 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     for stream in (*streams, *valid):
         if stream is not None:
             stream.check_vocab(vocab_size)
-    plan = make_plan(cfg, [stream.num_tokens for stream in streams])
+    plan = plan_for(cfg, streams)
     num_samples = run_length(cfg, plan)
     checkpoint, is_resume = _starting_point(cfg, plan, tokenizer)
     if checkpoint is not None:

@@ -113,6 +113,7 @@ class Run:
             "loss_scaler": self.loss_scaler.state(),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "source_tokens": [source.tokens for source in self.prepared.plan.sources],
+            "source_rows": [source.slices if source.packed else 0 for source in self.prepared.plan.sources],
             "data": self.prepared.data_hashes,
             "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},
             "config": self.cfg.to_dict(),

@@ -38,7 +38,7 @@ def train_step(run: Run, step: int) -> StepStats:
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     scale = run.loss_scaler.scale
     num_tokens = torch.full((), float(sum(b.mask.sum() for b in batches)), device=run.mesh.device)
-    all_reduce_(num_tokens, run.mesh.replicas)
+    all_reduce_(num_tokens, run.mesh.replicas).clamp_(min=1)  # a batch may be all padding
 
     run.buffers.begin(len(batches))
     run_pipeline(run, batches, num_tokens / scale, by_source)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megapoly.data.corpus import LanguageIdentifier
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.data.inspection import document_lengths, identified_shares, inspect, pairs_of, samples
-from megapoly.data.mending import _write_index, merge, repair
+from megapoly.data.mending import merge, repair, write_index
 from megapoly.data.reader import HEADER, IndexedDataset
 from megapoly.errors import DataError
 from megapoly.tokenizer.load import load_tokenizer
@@ -73,7 +73,7 @@ def test_a_merged_dataset_is_its_parts(folder: Path, parts: list[list[list[int]]
 def test_documents_of_several_sequences_stay_together(tmp_path: Path) -> None:
     prefix = tmp_path / "sentences"
     np.arange(10, dtype=U16).tofile(f"{prefix}.bin")
-    _write_index(f"{prefix}.idx", U16, [(np.array([2, 3, 1, 4]), np.array([0, 2, 2, 4]))])
+    write_index(f"{prefix}.idx", U16, [(np.array([2, 3, 1, 4]), np.array([0, 2, 2, 4]))])
     assert read(prefix) == [[0, 1, 2, 3, 4], [], [5, 6, 7, 8, 9]]
     merge([str(prefix)] * 2, str(tmp_path / "twice"))
     assert read(tmp_path / "twice") == read(prefix) * 2

@@ -106,27 +106,31 @@ def check_nothing_half(folder: Path, expected: dict[str, bytes]) -> None:
             assert (folder / f"{name}.bin").read_bytes() == expected[f"{name}.bin"]
 
 
-@pytest.mark.parametrize("seed", [None, 5], ids=["input order", "shuffled"])
+@pytest.mark.parametrize(
+    ("seed", "pack"), [(None, None), (5, None), (5, 40)], ids=["input order", "shuffled", "packed"]
+)
 def test_killed_at_every_step_it_ends_with_the_same_bytes(
-    tmp_path: Path, model: str, inputs: list[str], seed: int | None
+    tmp_path: Path, model: str, inputs: list[str], seed: int | None, pack: int | None
 ) -> None:
-    whole = run(inputs, tmp_path / "whole", model, shuffle_seed=seed)
+    whole = run(inputs, tmp_path / "whole", model, shuffle_seed=seed, pack_length=pack)
     expected = content(tmp_path / "whole")
-    assert sorted(expected) == [f"p_{side}text_document.{kind}" for side in ("", "valid_") for kind in ("bin", "idx")]
+    names = [f"p_{side}text_document.{kind}" for side in ("", "valid_") for kind in ("bin", "idx")]
+    assert sorted(expected) == sorted([*names, *(["p_text_document.pack.json"] if pack else [])])
     event, step = 1, 1
     while True:
         folder = tmp_path / f"k{event}"
 
         def work(event: int = event, folder: Path = folder) -> None:
             kill_at(event)
-            run(inputs, folder, model, shuffle_seed=seed)
+            run(inputs, folder, model, shuffle_seed=seed, pack_length=pack)
 
         if in_child(work) == 0:
             break
         check_nothing_half(folder, expected)
-        again = run(inputs, folder, model, shuffle_seed=seed)
+        again = run(inputs, folder, model, shuffle_seed=seed, pack_length=pack)
         assert content(folder) == expected, event
         assert (again.languages, again.bad_lines) == (whole.languages, whole.bad_lines)
+        assert list(again.packings.values()) == list(whole.packings.values())
         assert [path.name for path in folder.iterdir() if path.is_dir()] == []
         event += step
         step = 1 + event // 12
@@ -199,8 +203,8 @@ def test_nothing_has_its_name_before_it_is_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", checked)
-    for seed in (None, 5):
-        run(inputs, tmp_path / f"{seed}", model, shuffle_seed=seed)
+    for seed in (None, 5, 6):
+        run(inputs, tmp_path / f"{seed}", model, shuffle_seed=seed, pack_length=40 if seed == 6 else None)
         assert synced.pop(str(tmp_path / f"{seed}"), None) is not None
         assert str(tmp_path / f"{seed}" / "p.partial" / "text.lengths") in synced
 
@@ -253,6 +257,7 @@ def test_changed_inputs_and_flags_are_refused_with_the_difference(
     interrupt(inputs, folder, model)
     for changes, words in (
         ({"shuffle_seed": 6}, "begun with shuffle_seed 5 instead of 6"),
+        ({"pack_length": 40}, "begun with pack_length None instead of 40"),
         ({"valid_fraction": 0.1}, "valid_fraction 0.3 instead of 0.1"),
         ({"append_eod": False}, "begun with after"),
         ({"templates": [Template.parse("text=>{text}")]}, "begun with templates"),

@@ -53,8 +53,8 @@ def test_the_order_is_that_of_the_keys_whatever_the_memory(
 
 def test_what_an_attempt_left_is_begun_anew(tmp_path: Path) -> None:
     stem = write(tmp_path, documents([3] * 50))
-    (tmp_path / "x.buckets" / "000-").mkdir(parents=True)
-    (tmp_path / "x.buckets" / "000.bin").write_bytes(b"junk")
+    (tmp_path / "x.shuffled.buckets").mkdir()
+    (tmp_path / "x.shuffled.buckets" / "x-000.bin").write_bytes(b"junk")
     (tmp_path / "x.shuffled.bin").write_bytes(b"junk" * 1000)
     assert sorted(read(shuffle_documents(stem, 2, 1))) == sorted(documents([3] * 50))
 
