@@ -57,11 +57,12 @@ def _ngrams(units: list[str], rules: Rules) -> tuple[str, str] | None:
     keys, size = ids + _ODD, 1
     at = np.arange(len(units))  # an n-gram that stands once begins no longer one that stands twice
     for n, most, is_repeat in sorted(wanted):
-        if len(units) <= n or not len(at):
-            break
-        while size < n:
+        while size < min(n, len(units)):
             keys, size = keys[:-1] * _ODD + ids[size:], size + 1
-        at, group, is_first = _repeated(keys, at[at < len(keys)])
+        at = at[at < len(keys)]
+        if size < n or not len(at):
+            break
+        at, group, is_first = _repeated(keys, at)
         if is_repeat:
             characters = _covered(at[~is_first], n, lengths)
         else:

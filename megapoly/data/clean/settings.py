@@ -63,7 +63,7 @@ class Rules:
     max_symbols_per_word: float = 0.1
     max_bullet_lines: float = 0.9
     max_ellipsis_lines: float = 0.3
-    min_alphabetic_words: float = 0.7  # Gopher: 0.8, which removes manuals with tables and commands
+    min_alphabetic_words: float = 0.65  # Gopher: 0.8, which removes manuals with tables and commands
     max_digits: float = 0.2  # PolyLM names digits and dates without a threshold
     max_damaged: float = 0.002  # U+FFFD
     stop_words: list[str] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Rules:
     min_script: float = 0.25  # of letters; Korean in EleutherAI/dps
     spam: list[str] = field(default_factory=list)
     max_spam: int = 3
-    repetition_from: int = 40  # units; a shorter text repeats itself by chance
+    repetition_from: int = 80  # units; a shorter text repeats itself by chance
     max_duplicate_lines: float = 0.3
     max_duplicate_line_characters: float = 0.2
     max_duplicate_paragraphs: float = 0.3

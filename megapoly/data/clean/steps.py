@@ -3,11 +3,10 @@
 import gzip
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zstandard
 from datatrove.data import Document
@@ -160,9 +159,10 @@ class WriteLanguages(PipelineStep):
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         """Write all of `data` with the fields that the input had."""
+        self.ledger.clear()  # one process may run several tasks
         paths: dict[str, Path] = {}
         with ExitStack() as stack:
-            files: dict[str, IO[bytes]] = {}
+            files: dict[str, gzip.GzipFile] = {}
             for document in data:
                 language = document.metadata["lang"]
                 if language not in files:
@@ -180,9 +180,9 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _open(path: Path, stack: ExitStack) -> IO[bytes]:
+def _open(path: Path, stack: ExitStack) -> gzip.GzipFile:
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = stack.enter_context(open(_unfinished(path), "wb"))
+    raw = stack.enter_context(open(_unfinished(path), "wb"))  # noqa: SIM115  closed by the stack
     # No name and no time in the file: the same text makes the same bytes.
     return stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
 
@@ -202,8 +202,3 @@ def merged(ledgers: Sequence[Path], most: int) -> Ledger:
         for path in sorted(folder.glob("*.json")):
             ledger.merge(path)
     return ledger
-
-
-def times(counter: Counter[str]) -> int:
-    """All that a counter has counted."""
-    return sum(counter.values())
