@@ -89,7 +89,7 @@ def test_exact_duplicates_are_found_all_and_nothing_else(tmp_path: Path, files: 
     assert set(removed.values()) <= {"exact duplicate"}
 
 
-@settings(max_examples=25, **QUICK)
+@settings(max_examples=15, **QUICK)
 @given(st.data())
 def test_what_stays_depends_on_the_texts_alone(tmp_path: Path, data: st.DataObject) -> None:
     texts = []
@@ -145,7 +145,7 @@ def test_composed_and_decomposed_letters_are_the_same(tmp_path: Path) -> None:
 
 
 def test_texts_without_words_and_short_ones_stay(tmp_path: Path) -> None:
-    texts = ["!!!", "???", "🙂", "🙃", "yes", "no", "네", "是", "a b c", "a b d", "a b", "\ud800"[:0] + "x"]
+    texts = ["!!!", "???", "🙂", "🙃", "yes", "no", "네", "是", "a b c", "a b d", "a b", "x"]
     assert deduplicated(tmp_path, [texts])[0] == texts
 
 
