@@ -25,6 +25,7 @@ TAIL = struct.Struct("<QI4s")
 MAGIC = b"MPDD"
 HASHED = np.dtype([("hash", "<u8"), ("document", "<u4")])
 BLOCK = 1 << 18  # records read at once where one file is read alone
+LEAST_SHARE = 1024  # records of each file where many are read together
 
 
 class RecordWriter:
@@ -160,7 +161,7 @@ def merged(streams: list[SectionStream], memory: int) -> Iterator[tuple[Records,
 
     At any time about `memory` records are held, whatever their number on the disk; each section is read once.
     """
-    share = max(memory // max(len(streams), 1), 1024)
+    share = max(memory // max(len(streams), 1), LEAST_SHARE)
     held = [np.empty(0, HASHED) for _ in streams]
     while True:
         for i, stream in enumerate(streams):
