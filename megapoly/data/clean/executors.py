@@ -4,17 +4,19 @@ datatrove marks each task that is done by a file, and what is marked is not run 
 WORK/logs/STAGE/logs. To Slurm it hands the steps in a pickle (dill) that it has just written there itself.
 """
 
+import gc
 import io
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from datatrove.utils.logging import logger
 
 from megapoly.data.clean.machines import Machines
 from megapoly.data.clean.stage import Stage
-from megapoly.errors import DataError
+from megapoly.errors import DataError, MegapolyError
 from megapoly.log import duration
 
 PROGRESS_SECONDS = 5.0
@@ -80,47 +82,78 @@ def _run_here(stages: Sequence[Stage], folder: Path, machines: Machines, log: Ca
     ]
     if all(not executor.get_incomplete_ranks() for executor in executors):
         return
+    if machines.workers == 1:
+        for stage, executor in zip(stages, executors, strict=True):
+            _run_stage(stage, executor, None, 1, log)
+        return
+    failure = _run_in_processes(stages, executors, machines.workers, log)
+    gc.collect()  # the pool's semaphores: who ends this process by os._exit would leave them behind
+    if failure is not None:
+        raise failure
+
+
+def _run_in_processes(
+    stages: Sequence[Stage], executors: Sequence[LocalTasks], workers: int, log: Callable[[str], None]
+) -> MegapolyError | None:
+    """Run all stages in one pool; returns what failed, without the frames that keep the pool alive."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megapoly.data.clean.steps", "megapoly.data.clean.dedup"])
-    with ProcessPoolExecutor(machines.workers, context) as pool:
+    with ProcessPoolExecutor(workers, context) as pool:
         try:
             for stage, executor in zip(stages, executors, strict=True):
-                _run_stage(stage, executor, pool, machines.workers, log)
+                _run_stage(stage, executor, pool, workers, log)
         except BrokenProcessPool:
-            raise DataError(
+            return DataError(
                 f"stage {stage.name}: a process was killed, for want of memory perhaps; the same command goes on, "
                 "with fewer --workers it needs less"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            )
+        except MegapolyError as error:
+            pool.shutdown(cancel_futures=True)
+            return error.with_traceback(None)
+    return None
 
 
 def _run_stage(
-    stage: Stage, executor: LocalTasks, pool: ProcessPoolExecutor, workers: int, log: Callable[[str], None]
+    stage: Stage,
+    executor: LocalTasks,
+    pool: ProcessPoolExecutor | None,
+    workers: int,
+    log: Callable[[str], None],
 ) -> None:
     ranks = executor.get_incomplete_ranks()
     if not ranks:
         return
     begin = said = time.monotonic()
-    waiting = iter(ranks)
-    running: set[Future[None]] = set()
     done = stage.tasks - len(ranks)
     if done:
         log(f"{stage.name}: {done} of {stage.tasks} tasks are done already")
-    while True:
-        while len(running) < workers and (rank := next(waiting, None)) is not None:
-            running.add(pool.submit(executor.run_task, rank))
-        if not running:
-            break
-        finished, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            future.result()
-        done += len(finished)
+    for count in _run_tasks(ranks, executor, pool, workers):
+        done += count
         if time.monotonic() - said > PROGRESS_SECONDS and done < stage.tasks:
             said = time.monotonic()
             log(f"{stage.name}: {done} of {stage.tasks} tasks, {duration(said - begin)}")
     log(f"{stage.name}: {stage.tasks} tasks, {duration(time.monotonic() - begin)}")
+
+
+def _run_tasks(
+    ranks: Sequence[int], executor: LocalTasks, pool: ProcessPoolExecutor | None, workers: int
+) -> Iterator[int]:
+    """Run tasks here or in the pool; yields how many have ended, whenever some have. Raises what a task raises."""
+    if pool is None:
+        steps = executor.pipeline
+        for rank in ranks:
+            executor.pipeline = deepcopy(steps)
+            executor.run_task(rank)
+            yield 1
+        return
+    waiting = iter(ranks)
+    running = {pool.submit(executor.run_task, rank) for rank in islice(waiting, workers)}
+    while running:
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            future.result()
+        running |= {pool.submit(executor.run_task, rank) for rank in islice(waiting, len(finished))}
+        yield len(finished)
 
 
 # ------------------------------------------------------------------------------------------------- clusters

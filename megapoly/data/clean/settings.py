@@ -1,6 +1,7 @@
 """What cleaning does: thresholds for all languages and by language, read from YAML over defaults that ship with it."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -184,5 +185,8 @@ def _check(settings: Settings, where: str) -> None:
             for pair in getattr(rules, key):
                 if len(pair) != 2 or pair[0] < 2 or pair[0] != int(pair[0]):
                     raise ConfigError(f"{where}: {key} of {language} must hold pairs [n, share], not {pair}")
+    for kind, token in dataclasses.asdict(settings.personal_data).items():
+        if token is not None and re.search("[0-9@]", token):
+            raise ConfigError(f"{where}: personal_data.{kind} '{token}' holds a digit or @ and would be found itself")
     if settings.fixes.emoticon_repeats < 0 or settings.samples < 0:
         raise ConfigError(f"{where}: fixes.emoticon_repeats and samples must not be negative")
