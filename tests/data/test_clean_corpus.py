@@ -97,7 +97,7 @@ def quiet(_: str) -> None:
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than all else; one test has them."""
-    if "page" not in request.node.name:
+    if not {"page", "depends"} & set(request.node.name.split("_")):
         monkeypatch.setattr("megapoly.data.clean.report.has_matplotlib", lambda: False)
 
 

@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from megapoly.data.clean.cleaner import Cleaner, Outcome
 from megapoly.data.clean.ledger import Ledger
 from megapoly.data.clean.quality import Verdict
-from megapoly.data.clean.settings import Settings
+from megapoly.data.clean.settings import CODE, Settings
 from megapoly.data.documents import BadLine, documents_of, identity, language_code, parse_document
 from megapoly.data.indexed import sync_directory
 from megapoly.data.text_input import Chunk, Rows, Wanted, read_chunks, too_long
@@ -58,7 +58,8 @@ class CleanDocuments(PipelineStep):
 
     def _cleaned(self, fields: Fields, clean: Cleaner, ledger: Ledger) -> Document | None:
         text = fields[self.wanted.keys[0]]
-        outcome: Outcome = clean(text, language_code(fields.get(self.wanted.language_key)), str(fields.get("kind")))
+        named = fields.get(self.wanted.language_key)
+        outcome: Outcome = clean(text, CODE if named == CODE else language_code(named), str(fields.get("kind")))
         tally = ledger.of(outcome.language)
         tally.read.add(1, len(text.encode()))
         if outcome.verdict:
@@ -90,7 +91,8 @@ def _documents(chunk: Chunk, wanted: Wanted) -> Iterator[tuple[int, Fields | Bad
             if isinstance(found, BadLine):
                 yield number, found
             else:
-                yield number, {wanted.keys[0]: found.texts[0], wanted.language_key: found.language, "id": found.name}
+                language = chunk.data.languages[number - chunk.first] if chunk.data.languages else None
+                yield number, {wanted.keys[0]: found.texts[0], wanted.language_key: language, "id": found.name}
     elif chunk.data is None:
         yield chunk.first, BadLine("line too long", too_long(wanted.limits.line_bytes))
     else:
