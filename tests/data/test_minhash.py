@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapoly.data.clean import minhash
-from megapoly.data.clean.minhash import ALONE, IN_WORD, SEPARATOR, band_hashes, batches, mixed, shingles
+from megapoly.data.clean.minhash import ALONE, IN_WORD, SEPARATOR, band_hashes, batches, odd_numbers, shingles
 
 BY_CHARACTER = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Yi}]")  # fmt: skip
 ALPHABETS = [
@@ -210,11 +210,12 @@ def test_hundreds_of_thousands_of_ngrams_have_as_many_hashes() -> None:
         assert len(np.unique(hashes)) == counts.sum() == len(words) - (ngram - 1) * len(texts)
 
 
-def test_rows_that_differ_little_give_different_bands() -> None:
-    # Sums of products with narrow factors would meet: all pairs of small rows, twice as many as 2^16.
-    rows = np.stack(np.meshgrid(np.arange(400), np.arange(400) << 23), axis=-1).reshape(-1, 2).astype(np.uint64)
-    sums = mixed((rows * minhash.odd_numbers(2)).sum(axis=1, dtype=np.uint64))
-    assert len(np.unique(sums)) == len(rows)
+def test_factors_are_odd_wide_and_different() -> None:
+    # Odd ones lose nothing, and only factors wider than the rows they meet keep sums of few rows apart.
+    factors = odd_numbers(64).tolist()
+    assert len(set(factors)) == 64
+    assert all(factor % 2 == 1 and factor >> 54 for factor in factors)
+    assert odd_numbers(5).tolist() == factors[:5], "an n-gram's factors do not change with n"
 
 
 LONG = {

@@ -68,7 +68,7 @@ def dedup_stages(documents: str, work: str, tasks: int, settings: DedupSettings)
     """The stages before `DropDuplicates`: they read the folder `documents` and leave lists in the folder `work`.
 
     `work` has to be one that all machines see, empty at first. A task holds some 300 bytes for each of its documents
-    in the first stage, a fixed amount in the second; the single task of the third needs about 100 bytes for each
+    in the first stage, a fixed amount in the second; the single task of the third needs about 200 bytes for each
     document that is in a pair.
     """
     plan = Plan(Path(work), tasks, settings)
