@@ -219,7 +219,12 @@ def test_work_is_divided_among_tasks(tmp_path: Path) -> None:
         return [stage.tasks for stage in dedup_stages(str(tmp_path), str(tmp_path / "w"), n, chosen)]
 
     assert tasks(1) == [1, 1, 1] and tasks(8) == [8, 8, 1] and tasks(256) == [256, 15, 1]
-    assert tasks(257) == [257, 30, 1] and tasks(1000, EXACT) == [1000, 4, 1] and tasks(100, NEAR) == [100, 14, 1]
+    assert (
+        tasks(257) == [257, 30, 1]
+        and tasks(1000, EXACT) == [1000, 4, 1]
+        and tasks(99_999)[1] == 64 * 15
+        and tasks(100, NEAR) == [100, 14, 1]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -123,6 +123,16 @@ def test_every_character_is_of_the_kind_its_script_has() -> None:
     assert not wrong
 
 
+def test_a_number_belongs_to_one_character_in_all_its_forms() -> None:
+    _, values = minhash._tables()
+    forms: dict[str, int] = {}
+    for code in range(minhash.CODE_POINTS):
+        folded = unicodedata.normalize("NFKC", chr(code)).casefold()
+        plain = folded if len(folded) == 1 else chr(code)
+        assert forms.setdefault(plain, values[code]) == values[code]
+    assert len(set(forms.values())) == len(forms)
+
+
 def test_case_width_punctuation_and_space_do_not_count() -> None:
     plain = "the quick brown fox jumps over the lazy dog 123 times"
     changed = "  The QUICK, brown\nfox -- jumps; ｏｖｅｒ the “lazy” dog １２３ times!"
