@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,13 @@ EXACT = DedupSettings(near=False)
 NEAR = DedupSettings(exact=False)
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 ALPHABET = [f"word{i}" for i in range(3000)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
 
 
 def write(folder: Path, files: list[list[str]]) -> str:

@@ -161,26 +161,38 @@ def test_batches_hold_every_text_once_in_order() -> None:
         assert sum(len(text) + 1 for text in batch[:-1]) < minhash.BATCH
 
 
+@pytest.mark.parametrize("similarity", [0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_detection_follows_the_similarity(similarity: float) -> None:
+    # Words in no order that any two pairs share; n-grams of one word make the similarity what was wanted.
+    size, pairs = 200, 1500
+    common = round(2 * size * similarity / (1 + similarity))
+    union = 2 * size - common
+    texts = []
+    for pair in range(pairs):
+        numbers = [f"{pair}x{i}" for i in range(union)]
+        texts += [" ".join(numbers[:size]), " ".join(numbers[-size:])]
+    hashes, _ = band_hashes(texts, 1, 14, 8, 1)
+    chance = 1 - (1 - (common / union) ** 8) ** 14
+    found = int((hashes[0::2] == hashes[1::2]).any(axis=1).sum())
+    assert abs(found - pairs * chance) <= 3.5 * (pairs * chance * (1 - chance)) ** 0.5 + 0.5
+
+
 @pytest.mark.parametrize("script", ["latin", "han"])
-def test_detection_follows_the_similarity(script: str) -> None:
+def test_detection_follows_edits(script: str) -> None:
     chance = random.Random(5)
-    expected: dict[int, list[float]] = {}
-    found: dict[int, int] = {}
-    for trial in range(700):
+    chances: list[float] = []
+    found = 0
+    for trial in range(300):
         tokens = document(chance, script)
-        edited = list(tokens)
-        for place in chance.sample(range(len(tokens)), chance.randint(1, 24)):
-            edited[place] = chance.choice(WORDS.get(script) or CHARACTERS[script])
-        first, second = text_of(tokens, script), text_of(edited, script)
+        changed = list(tokens)
+        for place in chance.sample(range(len(tokens)), chance.randint(4, 20)):
+            changed[place] = chance.choice(WORDS.get(script) or CHARACTERS[script])
+        first, second = text_of(tokens, script), text_of(changed, script)
         a, b = set(ngrams_of(first, 5)), set(ngrams_of(second, 5))
-        similarity = len(a & b) / len(a | b)
-        bin_ = int(similarity * 10)
-        expected.setdefault(bin_, []).append(1 - (1 - similarity**8) ** 14)
-        found[bin_] = found.get(bin_, 0) + share_a_band(first, second, seed=trial)
-    assert len(expected) >= 5
-    for bin_, chances in expected.items():
-        deviation = sum(p * (1 - p) for p in chances) ** 0.5
-        assert abs(found[bin_] - sum(chances)) <= 3.5 * deviation + 0.5, f"similarity {bin_ / 10}: {found[bin_]}"
+        chances.append(1 - (1 - (len(a & b) / len(a | b)) ** 8) ** 14)
+        found += share_a_band(first, second, seed=trial)
+    assert 75 < sum(chances) < 225
+    assert abs(found - sum(chances)) <= 3.5 * sum(p * (1 - p) for p in chances) ** 0.5
 
 
 def test_more_bands_find_more_and_more_rows_less() -> None:
