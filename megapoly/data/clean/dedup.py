@@ -12,6 +12,8 @@ smaller hash: which texts remain depends on neither the number of tasks nor thei
 """
 
 import hashlib
+import math
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.jsonl import JsonlReader
@@ -28,12 +31,14 @@ from megapoly.data.clean.clusters import Nodes, all_but_one, node, place_of, spa
 from megapoly.data.clean.dedup_files import HASHED, RecordFile, Records, RecordWriter, merged
 from megapoly.data.clean.minhash import ALGORITHM, band_hashes, batches
 from megapoly.data.clean.stage import Stage
+from megapoly.data.text_input import Limits, read_lines
 from megapoly.errors import ConfigError, DataError
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("length", "<u4")])  # of the text without superfluous whitespace
 MERGED_RECORDS = 1 << 22  # held at once by a task of the stage `buckets`: some 200 MB with what is computed from them
 TASKS_IN_RANGE = 256  # tasks of `signatures` for each range that a band's hashes are cut into
 MOST_RANGES = 64  # more would make the tables of sections longer than what they tell of
+UNLIMITED = Limits(sys.maxsize, math.inf)  # what is read was written by an earlier stage
 REASONS = ("", "exact duplicate", "near duplicate")
 
 
@@ -60,9 +65,28 @@ class DedupSettings:
             raise ConfigError(f"seed of deduplication is {self.seed}; give one from 0 to 2^64 - 1")
 
 
-def documents_reader(documents: str) -> JsonlReader:
-    """Reads the JSONL files in a folder and below it, plain or compressed; every stage has to read by this one."""
-    return JsonlReader(documents, glob_pattern="**/*.jsonl*")
+class DocumentsReader(JsonlReader):
+    """datatrove's reader of JSONL; but damage ends the run, where its own goes on without what it cannot read."""
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """The documents of a file; raises DataError for a damaged or truncated one and for a line without text."""
+        path = self.data_folder.resolve_paths(filepath)
+        for number, line in read_lines(path, UNLIMITED):
+            with self.track_time():
+                try:
+                    fields = orjson.loads(line)
+                    if not isinstance(fields, dict) or not isinstance(fields.get(self.text_key), str):
+                        raise ValueError(f"no object with a {self.text_key}")
+                except ValueError as error:  # of orjson too
+                    raise DataError(f"{path}, line {number}: {error}; write this file again") from None
+                document = self.get_document_from_dict(fields, filepath, number)
+            if document is not None:
+                yield document
+
+
+def documents_reader(documents: str) -> DocumentsReader:
+    """Reads the JSONL files in a folder and below it, plain, .gz or .zst; every stage has to read by this one."""
+    return DocumentsReader(documents, glob_pattern="**/*.jsonl*")
 
 
 def dedup_stages(documents: str, work: str, tasks: int, settings: DedupSettings) -> list[Stage]:
