@@ -5,8 +5,9 @@ process of its own, timed from start to end: megabytes of text a second, the sam
 other work on the machine disturbs less), and the peak of memory of all processes together. All four together are to
 reach 8 MB/s on 2 cores.
 
-Beside the first stage, on a part of the text and one core: datatrove's own signatures with its tokenizer of English
-(where that can run) and with str.split, shingles in Python with rensa's signatures, and datasketch where it is there.
+Beside the first stage, on a part of the text and one core, by core seconds and each with the start of its process:
+datatrove's own signatures with its tokenizer of English (where that can run) and with str.split; shingles in Python
+with rensa's signatures and with datasketch's (where it is there), which hash and write nothing else.
 
 The text comes from the *.jsonl.gz of a folder that MEGAPOLY_CORPUS names, else it is generated; it is repeated to the
 size with a third of the words exchanged, which leaves no near duplicates. Of the documents a tenth are exact copies
@@ -99,10 +100,11 @@ def run_stage(name: str, source: str, work: str, workers: str) -> None:
 
 
 def shingle_sets(source: str, ngram: int = 5) -> Iterator[set[str]]:
-    """The n-grams of words of each document."""
+    """The n-grams of each document, of words or characters by the script."""
     import regex
 
-    word = regex.compile(r"\w+")
+    unspaced = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}"
+    word = regex.compile(rf"(?V1)[{unspaced}]|[\w--[{unspaced}]]+")
     for path in sorted(Path(source).glob("*.jsonl")):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
@@ -228,7 +230,7 @@ def main() -> int:
     """Measure, print and write; the exit status."""
     parser = argparse.ArgumentParser(description="Times deduplication by stages, and peers beside its first.")
     parser.add_argument("--mb", type=float, default=100)
-    parser.add_argument("--peer-mb", type=float, default=10, help="text for the peers")
+    parser.add_argument("--peer-mb", type=float, default=25, help="text for the peers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the results to this file")

@@ -1,13 +1,16 @@
 """Deduplication as a whole: what stays, that nothing but the documents decides it, and what bad files end in."""
 
+import gzip
 import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.writers.jsonl import JsonlWriter
@@ -25,6 +28,13 @@ EXACT = DedupSettings(near=False)
 NEAR = DedupSettings(exact=False)
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 ALPHABET = [f"word{i}" for i in range(3000)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
 
 
 def write(folder: Path, files: list[list[str]]) -> str:
@@ -219,7 +229,12 @@ def test_work_is_divided_among_tasks(tmp_path: Path) -> None:
         return [stage.tasks for stage in dedup_stages(str(tmp_path), str(tmp_path / "w"), n, chosen)]
 
     assert tasks(1) == [1, 1, 1] and tasks(8) == [8, 8, 1] and tasks(256) == [256, 15, 1]
-    assert tasks(257) == [257, 30, 1] and tasks(1000, EXACT) == [1000, 4, 1] and tasks(100, NEAR) == [100, 14, 1]
+    assert (
+        tasks(257) == [257, 30, 1]
+        and tasks(1000, EXACT) == [1000, 4, 1]
+        and tasks(99_999)[1] == 64 * 15
+        and tasks(100, NEAR) == [100, 14, 1]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -316,6 +331,36 @@ def test_files_of_other_settings_are_refused(finished: Path) -> None:
                 run(stage)
     with pytest.raises(DataError, match="tasks 2, this run has 3"):
         drop(documents, finished / "work", 3)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_documents_are_read_whole_or_not_at_all(tmp_path: Path, ending: str) -> None:
+    texts = ["first", "", "\u2028 one line \x85", "last"] + [f"{i} " * 50 for i in range(4000)]
+    content = "".join(json.dumps({"text": text, "id": str(i), "lang": "en"}, ensure_ascii=False) + "\n" for i, text in enumerate(texts)).encode()  # fmt: skip
+    packed = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending](content)
+    path = tmp_path / "below" / f"a{ending}"
+    path.parent.mkdir()
+    path.write_bytes(packed)
+    (tmp_path / "b.txt").write_text("not this")
+    found = list(documents_reader(str(tmp_path))(None, 0, 1))
+    assert [document.text for document in found] == [text for text in texts if text]
+    assert found[1].id == "2" and found[1].metadata["lang"] == "en"
+    path.write_bytes(packed[: -len(packed) // 3])
+    with pytest.raises(DataError, match=f"{path}.*(truncated|line)"):
+        list(documents_reader(str(tmp_path))(None, 0, 1))
+
+
+def test_much_of_the_same_is_no_bomb(tmp_path: Path) -> None:
+    line = json.dumps({"text": "the same " * 100_000}).encode() + b"\n"
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line * 100))
+    assert sum(1 for _ in documents_reader(str(tmp_path))(None, 0, 1)) == 100
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"id": "1"}', '{"text": 5}', '{"text": null}', '{"text": "\\ud800"}'])
+def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(DataError, match=f"{tmp_path / 'a.jsonl'}, line 2: .*; write this file again"):
+        list(documents_reader(str(tmp_path))(None, 0, 1))
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "another", "none"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapoly.data.clean import minhash
-from megapoly.data.clean.minhash import ALONE, IN_WORD, SEPARATOR, band_hashes, batches, mixed, shingles
+from megapoly.data.clean.minhash import ALONE, IN_WORD, SEPARATOR, band_hashes, batches, odd_numbers, shingles
 
 BY_CHARACTER = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Yi}]")  # fmt: skip
 ALPHABETS = [
@@ -123,6 +123,16 @@ def test_every_character_is_of_the_kind_its_script_has() -> None:
     assert not wrong
 
 
+def test_a_number_belongs_to_one_character_in_all_its_forms() -> None:
+    _, values = minhash._tables()
+    forms: dict[str, int] = {}
+    for code in range(minhash.CODE_POINTS):
+        folded = unicodedata.normalize("NFKC", chr(code)).casefold()
+        plain = folded if len(folded) == 1 else chr(code)
+        assert forms.setdefault(plain, values[code]) == values[code]
+    assert len(set(forms.values())) == len(forms)
+
+
 def test_case_width_punctuation_and_space_do_not_count() -> None:
     plain = "the quick brown fox jumps over the lazy dog 123 times"
     changed = "  The QUICK, brown\nfox -- jumps; ｏｖｅｒ the “lazy” dog １２３ times!"
@@ -151,26 +161,38 @@ def test_batches_hold_every_text_once_in_order() -> None:
         assert sum(len(text) + 1 for text in batch[:-1]) < minhash.BATCH
 
 
+@pytest.mark.parametrize("similarity", [0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_detection_follows_the_similarity(similarity: float) -> None:
+    # Words in no order that any two pairs share; n-grams of one word make the similarity what was wanted.
+    size, pairs = 200, 1500
+    common = round(2 * size * similarity / (1 + similarity))
+    union = 2 * size - common
+    texts = []
+    for pair in range(pairs):
+        numbers = [f"{pair}x{i}" for i in range(union)]
+        texts += [" ".join(numbers[:size]), " ".join(numbers[-size:])]
+    hashes, _ = band_hashes(texts, 1, 14, 8, 1)
+    chance = 1 - (1 - (common / union) ** 8) ** 14
+    found = int((hashes[0::2] == hashes[1::2]).any(axis=1).sum())
+    assert abs(found - pairs * chance) <= 3.5 * (pairs * chance * (1 - chance)) ** 0.5 + 0.5
+
+
 @pytest.mark.parametrize("script", ["latin", "han"])
-def test_detection_follows_the_similarity(script: str) -> None:
+def test_detection_follows_edits(script: str) -> None:
     chance = random.Random(5)
-    expected: dict[int, list[float]] = {}
-    found: dict[int, int] = {}
-    for trial in range(700):
+    chances: list[float] = []
+    found = 0
+    for trial in range(300):
         tokens = document(chance, script)
-        edited = list(tokens)
-        for place in chance.sample(range(len(tokens)), chance.randint(1, 24)):
-            edited[place] = chance.choice(WORDS.get(script) or CHARACTERS[script])
-        first, second = text_of(tokens, script), text_of(edited, script)
+        changed = list(tokens)
+        for place in chance.sample(range(len(tokens)), chance.randint(4, 20)):
+            changed[place] = chance.choice(WORDS.get(script) or CHARACTERS[script])
+        first, second = text_of(tokens, script), text_of(changed, script)
         a, b = set(ngrams_of(first, 5)), set(ngrams_of(second, 5))
-        similarity = len(a & b) / len(a | b)
-        bin_ = int(similarity * 10)
-        expected.setdefault(bin_, []).append(1 - (1 - similarity**8) ** 14)
-        found[bin_] = found.get(bin_, 0) + share_a_band(first, second, seed=trial)
-    assert len(expected) >= 5
-    for bin_, chances in expected.items():
-        deviation = sum(p * (1 - p) for p in chances) ** 0.5
-        assert abs(found[bin_] - sum(chances)) <= 3.5 * deviation + 0.5, f"similarity {bin_ / 10}: {found[bin_]}"
+        chances.append(1 - (1 - (len(a & b) / len(a | b)) ** 8) ** 14)
+        found += share_a_band(first, second, seed=trial)
+    assert 75 < sum(chances) < 225
+    assert abs(found - sum(chances)) <= 3.5 * sum(p * (1 - p) for p in chances) ** 0.5
 
 
 def test_more_bands_find_more_and_more_rows_less() -> None:
@@ -210,11 +232,12 @@ def test_hundreds_of_thousands_of_ngrams_have_as_many_hashes() -> None:
         assert len(np.unique(hashes)) == counts.sum() == len(words) - (ngram - 1) * len(texts)
 
 
-def test_rows_that_differ_little_give_different_bands() -> None:
-    # Sums of products with narrow factors would meet: all pairs of small rows, twice as many as 2^16.
-    rows = np.stack(np.meshgrid(np.arange(400), np.arange(400) << 23), axis=-1).reshape(-1, 2).astype(np.uint64)
-    sums = mixed((rows * minhash.odd_numbers(2)).sum(axis=1, dtype=np.uint64))
-    assert len(np.unique(sums)) == len(rows)
+def test_factors_are_odd_wide_and_different() -> None:
+    # Odd ones lose nothing, and only factors wider than the rows they meet keep sums of few rows apart.
+    factors = odd_numbers(64).tolist()
+    assert len(set(factors)) == 64
+    assert all(factor % 2 == 1 and factor >> 54 for factor in factors)
+    assert odd_numbers(5).tolist() == factors[:5], "an n-gram's factors do not change with n"
 
 
 LONG = {

@@ -12,6 +12,8 @@ smaller hash: which texts remain depends on neither the number of tasks nor thei
 """
 
 import hashlib
+import math
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.jsonl import JsonlReader
@@ -28,11 +31,14 @@ from megapoly.data.clean.clusters import Nodes, all_but_one, node, place_of, spa
 from megapoly.data.clean.dedup_files import HASHED, RecordFile, Records, RecordWriter, merged
 from megapoly.data.clean.minhash import ALGORITHM, band_hashes, batches
 from megapoly.data.clean.stage import Stage
+from megapoly.data.text_input import Limits, read_lines
 from megapoly.errors import ConfigError, DataError
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("length", "<u4")])  # of the text without superfluous whitespace
 MERGED_RECORDS = 1 << 22  # held at once by a task of the stage `buckets`: some 200 MB with what is computed from them
 TASKS_IN_RANGE = 256  # tasks of `signatures` for each range that a band's hashes are cut into
+MOST_RANGES = 64  # more would make the tables of sections longer than what they tell of
+UNLIMITED = Limits(sys.maxsize, math.inf)  # what is read was written by an earlier stage
 REASONS = ("", "exact duplicate", "near duplicate")
 
 
@@ -59,16 +65,35 @@ class DedupSettings:
             raise ConfigError(f"seed of deduplication is {self.seed}; give one from 0 to 2^64 - 1")
 
 
-def documents_reader(documents: str) -> JsonlReader:
-    """Reads the JSONL files in a folder and below it, plain or compressed; every stage has to read by this one."""
-    return JsonlReader(documents, glob_pattern="**/*.jsonl*")
+class DocumentsReader(JsonlReader):
+    """datatrove's reader of JSONL; but damage ends the run, where its own goes on without what it cannot read."""
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """The documents of a file; raises DataError for a damaged or truncated one and for a line without text."""
+        path = self.data_folder.resolve_paths(filepath)
+        for number, line in read_lines(path, UNLIMITED):
+            with self.track_time():
+                try:
+                    fields = orjson.loads(line)
+                    if not isinstance(fields, dict) or not isinstance(fields.get(self.text_key), str):
+                        raise ValueError(f"no object with a {self.text_key}")
+                except ValueError as error:  # of orjson too
+                    raise DataError(f"{path}, line {number}: {error}; write this file again") from None
+                document = self.get_document_from_dict(fields, filepath, number)
+            if document is not None:
+                yield document
+
+
+def documents_reader(documents: str) -> DocumentsReader:
+    """Reads the JSONL files in a folder and below it, plain, .gz or .zst; every stage has to read by this one."""
+    return DocumentsReader(documents, glob_pattern="**/*.jsonl*")
 
 
 def dedup_stages(documents: str, work: str, tasks: int, settings: DedupSettings) -> list[Stage]:
     """The stages before `DropDuplicates`: they read the folder `documents` and leave lists in the folder `work`.
 
     `work` has to be one that all machines see, empty at first. A task holds some 300 bytes for each of its documents
-    in the first stage, a fixed amount in the second; the single task of the third needs about 100 bytes for each
+    in the first stage, a fixed amount in the second; the single task of the third needs about 200 bytes for each
     document that is in a pair.
     """
     plan = Plan(Path(work), tasks, settings)
@@ -96,7 +121,7 @@ class Plan:
     @property
     def ranges(self) -> int:
         """Into how many equal ranges the hashes of a kind are cut."""
-        return -(-self.tasks // TASKS_IN_RANGE)
+        return min(-(-self.tasks // TASKS_IN_RANGE), MOST_RANGES)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -195,12 +220,11 @@ class PairDocuments(PipelineStep):
         """Write the pairs of every world_size-th section."""
         plan = self.plan
         with self.track_time("task"):
-            files = [plan.open_signatures(task) for task in range(plan.tasks)]
             for section in range(rank, plan.ranges * len(plan.hashes), world_size):
                 with RecordWriter(plan.pairs(section)) as writer:
                     writer.begin()
                     # Section 0 of a file is its table.
-                    streams = [file.stream(section + 1, HASHED) for file in files]
+                    streams = [plan.open_signatures(task).stream(section + 1, HASHED) for task in range(plan.tasks)]
                     for pairs in _neighbours(merged(streams, MERGED_RECORDS)):
                         writer.add(pairs)
                         self.stat_update("pairs", value=len(pairs))
@@ -232,26 +256,25 @@ class ListDuplicates(PipelineStep):
         """Read all pairs, write all lists."""
         plan = self.plan
         with self.track_time("task"):
-            files = [plan.open_signatures(task) for task in range(plan.tasks)]
             of_text = plan.ranges * plan.settings.exact
             exact_pairs = spanning_forest(self._pairs(0, of_text))
             near_pairs = self._pairs(of_text, plan.ranges * len(plan.hashes))
             all_pairs = spanning_forest(block for blocks in ([exact_pairs], near_pairs) for block in blocks)
 
             def ranked(nodes: Nodes) -> list[npt.NDArray[np.integer]]:
-                return _longest_first(nodes, files)
+                return _longest_first(nodes, plan)
 
             exact = all_but_one(exact_pairs, ranked)
             near = np.setdiff1d(all_but_one(all_pairs, ranked), exact, assume_unique=True)
-            self.stat_update("documents", value=sum(file.facts["documents"] for file in files))
             self.stat_update("exact duplicates", value=len(exact))
             self.stat_update("near duplicates", value=len(near))
-            for task, file in enumerate(files):
+            for task in range(plan.tasks):
+                facts = plan.open_signatures(task).facts
+                self.stat_update("documents", value=facts["documents"], unit="task")
                 with RecordWriter(plan.duplicates(task)) as writer:
                     for nodes in (exact, near):
                         writer.section(place_of(nodes[_of_task(nodes, task)]).astype("<u4"))
-                    counts = {name: file.facts[name] for name in ("documents", "characters")}
-                    writer.finish(plan.facts | counts)
+                    writer.finish(facts)
 
     def _pairs(self, first: int, end: int) -> Iterator[Nodes]:
         for section in range(first, end):
@@ -266,13 +289,13 @@ def _of_task(nodes: Nodes, task: int) -> slice:
     return slice(first, end)
 
 
-def _longest_first(nodes: Nodes, files: list[RecordFile]) -> list[npt.NDArray[np.integer]]:
+def _longest_first(nodes: Nodes, plan: Plan) -> list[npt.NDArray[np.integer]]:
     """Keys by which the longest text comes first, then the smaller hash."""
     table = np.empty(len(nodes), DOCUMENT)
-    for task, file in enumerate(files):
+    for task in range(plan.tasks):
         places = _of_task(nodes, task)
         if places.start < places.stop:
-            table[places] = file.read(0, DOCUMENT)[place_of(nodes[places])]
+            table[places] = plan.open_signatures(task).read(0, DOCUMENT)[place_of(nodes[places])]
     return [-table["length"].astype(np.int64), table["hash"]]
 
 
