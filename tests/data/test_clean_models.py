@@ -12,16 +12,20 @@ from megapoly.data.clean.settings import FasttextModel, KenlmModel, Settings, lo
 from megapoly.errors import DataError
 
 GOOD = "the ship came home in the morning and the crew was glad to see the harbour again after the long storm"
-# A model of two words: log10 probabilities, and that of an unknown word.
+# A model of two words and one pair of them: log10 probabilities, and that of an unknown word.
 ARPA = """\\data\\
 ngram 1=5
+ngram 2=1
 
 \\1-grams:
--2.0\t<unk>
-0\t<s>
--0.5\t</s>
--0.5\tthe
--1.0\tship
+-2.0\t<unk>\t0
+0\t<s>\t0
+-0.5\t</s>\t0
+-0.5\tthe\t0
+-1.0\tship\t0
+
+\\2-grams:
+-0.25\tthe ship
 
 \\end\\
 """
@@ -40,7 +44,7 @@ def test_perplexity_of_kenlm_removes_what_is_over_the_limit(tmp_path: Path) -> N
     path = tmp_path / "en.arpa"
     path.write_text(ARPA, encoding="utf-8")
     text = "the ship\nthe unheard"
-    perplexity = 10 ** ((0.5 + 1.0 + 0.5 + 0.5 + 2.0 + 0.5) / 6)
+    perplexity = 10 ** ((0.5 + 0.25 + 0.5 + 0.5 + 2.0 + 0.5) / 6)
     for limit, expected in ((perplexity * 1.001, None), (perplexity * 0.999, "perplexity")):
         verdict = ModelRules(Settings(kenlm={"en": KenlmModel(str(path), limit)}))(text, "en")
         assert (verdict.rule if verdict else None) == expected
