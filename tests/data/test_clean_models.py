@@ -63,10 +63,10 @@ def test_perplexity_of_kenlm_removes_what_is_over_the_limit(tmp_path: Path) -> N
 
 
 def test_a_classifier_of_fasttext_removes_what_it_doubts(tmp_path: Path) -> None:
-    fasttext = pytest.importorskip("fasttext", reason="fasttext is not installed: pip install fasttext-numpy2-wheel")
+    fasttext = pytest.importorskip("fasttext", reason="fasttext is not installed: pip install fasttext-community")
     lines = [f"__label__good {GOOD}", "__label__bad buy cheap pills now click here win money fast"] * 50
     (tmp_path / "train.txt").write_text("\n".join(lines), encoding="utf-8")
-    model = fasttext.train_supervised(str(tmp_path / "train.txt"), epoch=5, lr=0.1, thread=1, verbose=0)
+    model = fasttext.train_supervised(str(tmp_path / "train.txt"), dim=10, epoch=20, thread=1, verbose=0)
     path = str(tmp_path / "en.bin")
     model.save_model(path)
     rules = ModelRules(Settings(fasttext={"en": FasttextModel(path)}))

@@ -46,7 +46,7 @@ def _classifier_rule(language: str, wanted: FasttextModel) -> Callable[[str], Ve
     try:
         import fasttext
     except ImportError:
-        raise DataError(f"fasttext.{language} needs the package fasttext; pip install fasttext-numpy2-wheel") from None
+        raise DataError(f"fasttext.{language} needs the package fasttext; pip install fasttext-community") from None
     # Not load_model: it is a wrapper that some versions print a warning from.
     model = _load(f"fasttext.{language}", wanted.model, fasttext.FastText._FastText)
     if wanted.label not in model.get_labels():
