@@ -93,7 +93,10 @@ TEXTS = st.lists(st.text(st.sampled_from("ab. é漢\n"), min_size=1, max_size=4)
 @settings(max_examples=40, **QUICK)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.integers(1, 5))
 def test_exact_duplicates_are_found_all_and_nothing_else(tmp_path: Path, files: list[list[str]], tasks: int) -> None:
-    kept, removed = deduplicated(tmp_path, files, tasks, EXACT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "MERGED_RECORDS", 1)
+        patch.setattr(dedup_files, "LEAST_SHARE", 2)
+        kept, removed = deduplicated(tmp_path, files, tasks, EXACT)
     plain = Counter(" ".join(text.split()) for texts in files for text in texts)
     assert sorted(" ".join(text.split()) for text in kept) == sorted(plain)
     assert set(removed.values()) <= {"exact duplicate"}
@@ -114,7 +117,8 @@ def test_what_stays_depends_on_the_texts_alone(tmp_path: Path, data: st.DataObje
         files = [part.tolist() for part in np.split(np.array(order, dtype=object), cuts)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dedup, "TASKS_IN_RANGE", data.draw(st.integers(1, 3)))
-            patch.setattr(dedup, "MERGED_RECORDS", data.draw(st.integers(1, 9)))
+            patch.setattr(dedup, "MERGED_RECORDS", 1)
+            patch.setattr(dedup_files, "LEAST_SHARE", data.draw(st.integers(1, 9)))
             return sorted(deduplicated(tmp_path / name, files, data.draw(st.integers(1, 6)))[0])
 
     first = outcome("first")
