@@ -136,6 +136,12 @@ def test_each_cluster_keeps_its_longest_text(tmp_path: Path, tasks: int) -> None
     assert set(removed.values()) == {"near duplicate"} and len(removed) == 60
 
 
+def test_of_equally_long_texts_the_order_does_not_decide(tmp_path: Path) -> None:
+    texts = [" ".join([*words(1)[:50], letter, *words(1)[50:]]) for letter in "abcdef"]
+    kept = {tuple(deduplicated(tmp_path, [texts[i:], texts[:i]], 2)[0]) for i in range(6)}
+    assert len(kept) == 1 and len(kept.pop()) == 1
+
+
 def test_a_chain_of_near_duplicates_is_one_cluster(tmp_path: Path) -> None:
     chain = [" ".join([*words(1, 300)[10 * i : 10 * i + 150]]) for i in range(8)]
     kept, _ = deduplicated(tmp_path, [chain], chosen=DedupSettings(bands=40, rows=3))
