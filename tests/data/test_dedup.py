@@ -93,7 +93,10 @@ TEXTS = st.lists(st.text(st.sampled_from("ab. é漢\n"), min_size=1, max_size=4)
 @settings(max_examples=40, **QUICK)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.integers(1, 5))
 def test_exact_duplicates_are_found_all_and_nothing_else(tmp_path: Path, files: list[list[str]], tasks: int) -> None:
-    kept, removed = deduplicated(tmp_path, files, tasks, EXACT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "MERGED_RECORDS", 1)
+        patch.setattr(dedup_files, "LEAST_SHARE", 2)
+        kept, removed = deduplicated(tmp_path, files, tasks, EXACT)
     plain = Counter(" ".join(text.split()) for texts in files for text in texts)
     assert sorted(" ".join(text.split()) for text in kept) == sorted(plain)
     assert set(removed.values()) <= {"exact duplicate"}
@@ -114,7 +117,8 @@ def test_what_stays_depends_on_the_texts_alone(tmp_path: Path, data: st.DataObje
         files = [part.tolist() for part in np.split(np.array(order, dtype=object), cuts)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dedup, "TASKS_IN_RANGE", data.draw(st.integers(1, 3)))
-            patch.setattr(dedup, "MERGED_RECORDS", data.draw(st.integers(1, 9)))
+            patch.setattr(dedup, "MERGED_RECORDS", 1)
+            patch.setattr(dedup_files, "LEAST_SHARE", data.draw(st.integers(1, 9)))
             return sorted(deduplicated(tmp_path / name, files, data.draw(st.integers(1, 6)))[0])
 
     first = outcome("first")
@@ -130,6 +134,12 @@ def test_each_cluster_keeps_its_longest_text(tmp_path: Path, tasks: int) -> None
     kept, removed = deduplicated(tmp_path, [texts[:30], texts[30:40], texts[40:]], tasks)
     assert sorted(kept) == sorted(" ".join(group[0]) for group in groups)
     assert set(removed.values()) == {"near duplicate"} and len(removed) == 60
+
+
+def test_of_equally_long_texts_the_order_does_not_decide(tmp_path: Path) -> None:
+    texts = [" ".join([*words(1)[:50], letter, *words(1)[50:]]) for letter in "abcdef"]
+    kept = {tuple(deduplicated(tmp_path, [texts[i:], texts[:i]], 2)[0]) for i in range(6)}
+    assert len(kept) == 1 and len(kept.pop()) == 1
 
 
 def test_a_chain_of_near_duplicates_is_one_cluster(tmp_path: Path) -> None:
