@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from megapoly.data.clean.machines import Machines, check_machines
 from megapoly.data.resume import Workspace, only_writer
 from megapoly.data.text_input import Limits, Wanted, describe_input, expand_inputs
 from megapoly.errors import DataError
+from megapoly.log import duration
 
 TASK_BYTES = 64 << 20  # of the inputs' files
 MOST_TASKS = 1000  # what arrays of Slurm commonly allow
@@ -71,8 +73,13 @@ def clean_corpus(
             stages = _stages(paths, out, workspace.folder, tasks, reading, settings)
             megabytes = sum(entry["bytes"] for entry in described) / 1e6
             log(f"{len(paths)} files, {megabytes:.1f} MB on disk, {tasks} tasks -> {out}")
+            if (workspace.folder / "logs" / "report" / "completions" / "00000").exists():
+                log("all of it is done already")
+                return read_report(out)
+            begin = time.monotonic()
             if not run_stages(stages, workspace.folder, machines, log):
                 return None
+            log(f"done in {duration(time.monotonic() - begin)}: {out / 'report.md'}")
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}; check --output-dir") from None
     return read_report(out)
