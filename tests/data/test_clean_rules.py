@@ -217,6 +217,15 @@ def test_wrong_settings_are_refused_by_name(tmp_path: Path, text: str, message: 
     assert "rules.yaml" in str(caught.value) or "dedup" in text
 
 
+def test_the_example_of_the_documentation_is_a_configuration(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/cleaning.md").read_text(encoding="utf-8")
+    found = loaded(tmp_path, page.split("```yaml\n")[1].split("```")[0])
+    assert found.rules_of("ko").min_characters == 100 and found.kenlm["ko"].most_perplexity == 800
+    assert found.personal_data.ip is None and found.dedup is not None and found.dedup.rows == 6
+    for rules in vars(Rules()):
+        assert rules in page or rules.replace("max_duplicate", "..") in page, f"{rules} is not documented"
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read"):
         load_settings("nowhere.yaml")
