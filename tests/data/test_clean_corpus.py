@@ -334,6 +334,14 @@ def test_samples_are_the_same_however_they_are_gathered(tmp_path: Path) -> None:
     assert gathered.languages["en"].removed["too short"].documents == 40
 
 
+def test_invented_languages_do_not_fill_the_memory() -> None:
+    ledger = Ledger(2)
+    for n in range(3000):
+        ledger.remove(f"x-{n}", Verdict("language not wanted", ""), f"text {n}", {})
+    assert len(ledger.languages) <= 1001 and len(ledger.samples()["language not wanted"]) <= 1002
+    assert sum(tally.removed["language not wanted"].documents for tally in ledger.languages.values()) == 3000
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, inputs: list[str], tmp_path: Path) -> None:
     monkeypatch.setattr("megapoly.data.clean.pipeline.PACKAGES", ("datatrove", "no_such_package"))
     with pytest.raises(MegapolyError, match=r"needs the package no_such_package; pip install 'megapoly\[clean\]'"):

@@ -58,12 +58,15 @@ class Ledger:
 
     def of(self, language: str) -> Tally:
         """The tally of a language; past MOST_LANGUAGES a new one counts as undetermined."""
+        return self.languages.setdefault(self._name(language), Tally())
+
+    def _name(self, language: str) -> str:
         known = language in self.languages or len(self.languages) < MOST_LANGUAGES
-        return self.languages.setdefault(language if known else UNKNOWN_LANGUAGE, Tally())
+        return language if known else UNKNOWN_LANGUAGE
 
     def remove(self, language: str, verdict: Verdict, text: str, facts: dict[str, Any]) -> None:
         """Count a document that goes, and perhaps keep it as a sample; `facts` is what else is known of it."""
-        encoded = text.encode()
+        encoded, language = text.encode(), self._name(language)
         self.of(language).removed.setdefault(verdict.rule, Amount()).add(1, len(encoded))
         if not self.most:
             return
