@@ -35,7 +35,7 @@ from megapoly.data.text_input import Limits, read_lines
 from megapoly.errors import ConfigError, DataError
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("length", "<u4")])  # of the text without superfluous whitespace
-MERGED_RECORDS = 1 << 22  # held at once by a task of the stage `buckets`: some 200 MB with what is computed from them
+MERGED_RECORDS = 1 << 21  # held at once by a task of the stage `buckets`: 300 MB with what is computed from them
 TASKS_IN_RANGE = 256  # tasks of `signatures` for each range that a band's hashes are cut into
 MOST_RANGES = 64  # more would make the tables of sections longer than what they tell of
 UNLIMITED = Limits(sys.maxsize, math.inf)  # what is read was written by an earlier stage
