@@ -111,11 +111,19 @@ def plainly(units: list[str], rules: Rules) -> tuple[str, str] | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from("a bb ccc dd e".split()), min_size=3, max_size=60), st.sampled_from([0.1, 0.3, 0.5]))
-def test_shares_of_ngrams_are_those_of_the_definition(units: list[str], most: float) -> None:
-    rules = Rules(repetition_from=3, top_ngrams=[[2, most], [4, most]], duplicate_ngrams=[[3, most], [5, most], [9, most]],
-                  max_duplicate_lines=0, max_duplicate_line_characters=0)  # fmt: skip
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from("a bb ccc dd e".split()), min_size=3, max_size=60),
+    st.sampled_from([0.05, 0.3, 0.6]),
+    st.lists(st.sampled_from([2, 3, 4]), max_size=2, unique=True),
+    st.lists(st.sampled_from([3, 5, 6, 9]), max_size=3, unique=True),
+)
+def test_shares_of_ngrams_are_those_of_the_definition(
+    units: list[str], most: float, top: list[int], duplicate: list[int]
+) -> None:
+    rules = Rules(repetition_from=3, top_ngrams=[[n, most] for n in top],
+                  duplicate_ngrams=[[n, most] for n in duplicate], max_duplicate_lines=0,
+                  max_duplicate_line_characters=0)  # fmt: skip
     found, expected = repetition(" ".join(units), rules), plainly(units, rules)
     assert (found and (found[0], found[1].split("repeated ")[-1].split("one ")[-1])) == expected
 
@@ -158,6 +166,11 @@ def test_another_language_is_removed_relabelled_or_kept() -> None:
     for choice, expected in (("remove", ("vi", "other language")), ("relabel", ("zh", None)), ("keep", ("vi", None))):
         found = LanguageFinder(LanguageChoice(on_other=choice))(GOOD["zh"], "vi")
         assert (found.language, found.verdict and found.verdict.rule) == expected
+
+
+def test_a_doubtful_find_leaves_a_document_its_language() -> None:
+    assert LanguageFinder(LanguageChoice(sure=1.01))(GOOD["zh"], "vi").verdict is None
+    assert LanguageFinder(LanguageChoice(least=1.01))(GOOD["zh"], "und").verdict is not None
 
 
 def test_languages_not_wanted_uncertain_and_short() -> None:
