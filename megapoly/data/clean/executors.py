@@ -142,7 +142,7 @@ def _run_tasks(
     if pool is None:
         steps = executor.pipeline
         for rank in ranks:
-            executor.pipeline = deepcopy(steps)
+            executor.pipeline = deepcopy(steps)  # steps count what they see
             executor.run_task(rank)
             yield 1
         return

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from megapoly.data.clean.quality import Verdict
-from megapoly.data.clean.settings import CODE, LanguageChoice
+from megapoly.data.clean.settings import LanguageChoice
 from megapoly.data.clean.units import prose_of
 from megapoly.data.corpus import TWO_LETTERS
 from megapoly.data.documents import UNKNOWN_LANGUAGE
@@ -47,9 +47,8 @@ class LanguageFinder:
 
     def __call__(self, text: str, given: str) -> Found:
         """The language of a text that names `given` (und where it names none)."""
-        own = TWO_LETTERS.get(given.split("-")[0].split("_")[0], given.split("-")[0].split("_")[0])
-        if own == CODE:
-            return Found(CODE)
+        primary = re.split("[-_]", given)[0]
+        own = TWO_LETTERS.get(primary, primary)
         if own != UNKNOWN_LANGUAGE and own not in self._allowed:
             return Found(own, Verdict("language not wanted", f"'{own}' is not among languages.allowed"))
         letters = letters_of(text)

@@ -51,11 +51,6 @@ class Ledger:
         self.languages: dict[str, Tally] = {}
         self._samples: dict[tuple[str, str], list[tuple[int, str]]] = {}
 
-    def clear(self) -> None:
-        """Forget all."""
-        self.languages.clear()
-        self._samples.clear()
-
     def of(self, language: str) -> Tally:
         """The tally of a language; past MOST_LANGUAGES a new one counts as undetermined."""
         return self.languages.setdefault(self._name(language), Tally())

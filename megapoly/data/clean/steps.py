@@ -161,7 +161,6 @@ class WriteLanguages(PipelineStep):
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         """Write all of `data` with the fields that the input had."""
-        self.ledger.clear()  # one process may run several tasks
         paths: dict[str, Path] = {}
         with ExitStack() as stack:
             files: dict[str, gzip.GzipFile] = {}
