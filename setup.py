@@ -37,7 +37,7 @@ setup(
     ],
     ext_modules=extensions,
     package_dir={"megapoly_kernels": "kernels/megapoly_kernels"},
-    package_data={"megapoly": ["presets/*.yaml"], "megapoly_kernels": ["measured.json"]},
+    package_data={"megapoly": ["presets/*.yaml", "data/clean/*.yaml"], "megapoly_kernels": ["measured.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",
@@ -56,9 +56,10 @@ setup(
         "hf": ["transformers>=5"],
         "plot": ["matplotlib>=3.9"],
         "parquet": ["pyarrow>=20"],
+        "clean": ["datatrove>=0.10.1", "rensa>=0.5", "orjson"],  # orjson: what datatrove reads JSONL with
         "fast": ["gigatoken==0.10.0"],  # its ids are verified, its inner functions are used: one version
         "test": [
-            *("gigatoken==0.10.0", "pyarrow>=20"),
+            *("gigatoken==0.10.0", "pyarrow>=20", "datatrove>=0.10.1", "rensa>=0.5", "orjson"),
             *(
                 "hypothesis",
                 "matplotlib>=3.9",

@@ -87,7 +87,8 @@ def test_kernels_folder_is_no_package() -> None:
 
 @pytest.mark.parametrize(
     "module", ["megapoly.config", "megapoly.cli", "megapoly.checks", "megapoly.data.curriculum",
-               "megapoly.data.preprocess", "megapoly.data.loader", "megapoly.tokenizer.load"],
+               "megapoly.data.preprocess", "megapoly.data.loader", "megapoly.tokenizer.load", "megapoly.data.clean.report",
+               "megapoly.data.clean.executors"],
 )  # fmt: skip
 def test_data_side_needs_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"

@@ -74,8 +74,7 @@ class Workspace:
         differing = _difference(state.get("options"), options) or _changed_input(state.get("inputs"), inputs)
         if differing:
             raise DataError(
-                f"{self.folder}: an interrupted run waits here, {differing}; "
-                "give the same again, or --restart to begin anew"
+                f"{self.folder}: an earlier run lies here, {differing}; give the same again, or --restart to begin anew"
             )
         return state
 
