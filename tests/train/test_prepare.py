@@ -10,7 +10,7 @@ from megapoly.errors import CheckpointError, ConfigError, Echo
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
-from megapoly.train.prepare import _check_writable, _starting_point
+from megapoly.train.prepare import Prepared, _check_writable, with_start
 from megapoly.train.setup import check_agreement, only_writer
 
 
@@ -18,9 +18,9 @@ def train_it(mesh: Mesh, cfg: Config) -> None:
     train(tiny_run(mesh, cfg))
 
 
-def starting_point(cfg: Config) -> None:
+def starting_point(cfg: Config) -> Prepared:
     prepared = tiny_prepared(cfg)
-    _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
+    return with_start(prepared, {})
 
 
 def test_changed_files_of_the_same_length_are_noticed(tmp_path: Path) -> None:
@@ -35,12 +35,11 @@ def test_changed_files_of_the_same_length_are_noticed(tmp_path: Path) -> None:
         starting_point(cfg)
 
 
-def test_step_folders_without_latest_are_not_trained_over(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_latest_resumes(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, "gpt2", 2, exit_interval=1)
     run_ranks(train_it, cfg)
     (tmp_path / "run/checkpoints/latest").unlink()
-    with pytest.raises(CheckpointError, match="no `latest`"):
-        starting_point(cfg)
+    assert starting_point(cfg).start_step == 1
 
 
 def test_another_plan_is_refused_but_a_longer_one_goes_on(tmp_path: Path) -> None:
