@@ -3,7 +3,15 @@
 import dataclasses
 
 from megapoly.errors import ConfigError
-from megapoly.run_checks import at_least_zero, bounded, check_batches, check_rates, multiples, positive
+from megapoly.run_checks import (
+    at_least_zero,
+    bounded,
+    check_batches,
+    check_checkpoints,
+    check_rates,
+    multiples,
+    positive,
+)
 from megapoly.sections import Config, ModelConfig, ParallelConfig, PrecisionConfig, Stage, TrainConfig
 
 RATES = ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init")
@@ -241,8 +249,7 @@ def check_training(cfg: Config) -> None:
         )
     if not 0 <= t.seed < 2**63:
         raise ConfigError(f"seed ({t.seed}) must lie in [0, 2^63)")
-    if cfg.checkpoint.finetune and cfg.checkpoint.load is None:
-        raise ConfigError("finetune needs load: the checkpoint whose weights to take")
+    check_checkpoints(cfg.checkpoint, t.save_interval)
 
 
 def check_replicas(p: ParallelConfig, replicas: int) -> None:

@@ -31,6 +31,10 @@ class CheckpointError(MegapolyError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class DamageError(CheckpointError):
+    """A checkpoint whose bytes are not what was written: a file is missing, cut off or has another checksum."""
+
+
 class ReplicaError(MegapolyError):
     """Weights that should be equal on several ranks and are not."""
 

@@ -1,9 +1,10 @@
 """Checks of numbers, batches and learning rates: what a run says of them, or a stage of its own."""
 
 import math
+import os
 
 from megapoly.errors import ConfigError
-from megapoly.sections import ScheduleConfig, TrainConfig
+from megapoly.sections import CheckpointConfig, ScheduleConfig, TrainConfig
 
 
 def positive(**values: int | float | None) -> None:
@@ -94,3 +95,21 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
             f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "
             f"at most {last - s.lr_warmup_iters} steps of decay fit"
         )
+
+
+def check_checkpoints(c: CheckpointConfig, save_interval: int) -> None:
+    """Refuse policies that keep nothing, or that ask for what is never saved."""
+    positive(most_recent_k=c.most_recent_k, save_retain_interval=c.save_retain_interval,
+              max_failed_saves=c.max_failed_saves)  # fmt: skip
+    for step in c.save_steps:
+        positive(save_steps=step)
+    if c.save_copy is not None and c.save is not None and os.path.realpath(c.save_copy) == os.path.realpath(c.save):
+        raise ConfigError(f"save_copy ({c.save_copy}) is the directory of save: give another place, or leave it out")
+    every = c.save_retain_interval
+    if every is not None and save_interval and every % save_interval:
+        raise ConfigError(
+            f"save_retain_interval ({every}) must be a multiple of save_interval ({save_interval}), such as "
+            f"{multiples(every, save_interval)}: only those steps are saved"
+        )
+    if c.finetune and c.load is None:
+        raise ConfigError("finetune needs load: the checkpoint whose weights to take")

@@ -335,6 +335,16 @@ class CheckpointConfig:
     save: str | None = option(None, "directory of checkpoints (default RUN/checkpoints)")
     load: str | None = option(None, "start from this checkpoint, run or step folder")
     finetune: bool = option(False, "with load: take the weights only and start at step 0")
+    async_save: bool = option(
+        True, "a step waits only until its state is copied to host memory, not until it is written"
+    )
+    save_copy: str | None = option(None, "a second directory that every checkpoint is written to as well")
+    most_recent_k: int | None = option(None, "keep so many of the newest checkpoints (default: all)")
+    save_retain_interval: int | None = option(
+        None, "keep checkpoints of steps divisible by this for ever (of others then the newest, or most_recent_k)"
+    )
+    save_steps: list[int] = option([], "further steps to save at; their checkpoints are kept for ever")
+    max_failed_saves: int = option(3, "saves that may fail in a row until the run ends")
 
 
 @dataclass(frozen=True, kw_only=True)

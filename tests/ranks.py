@@ -16,6 +16,8 @@ from torch import Tensor
 from megapoly.checkpoint.state import Piece
 from megapoly.parallel.mesh import Layout, make_mesh, single_process_mesh
 
+RESULT_SECONDS = 180
+
 
 def _rank(fn: Callable[..., Any], args: tuple, rank: int, layout: Layout, world: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
@@ -58,7 +60,7 @@ def run_ranks(
             process.start()
         try:
             for _ in ranks:
-                rank, failure, value = results.get(timeout=180)
+                rank, failure, value = results.get(timeout=RESULT_SECONDS)
                 if failure is not None:
                     raise AssertionError(f"rank {rank} of {layout} x dp {dp} failed:\n{failure}")
                 values[rank] = torch.load(io.BytesIO(value), weights_only=True)

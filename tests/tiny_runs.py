@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from ranks import assemble
 
-from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.state import pieces, training_state
 from megapoly.config import SECTIONS, build
 from megapoly.data.curriculum import open_sources, plan_for
@@ -17,7 +16,7 @@ from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ModelConfig
 from megapoly.train.loop import train
-from megapoly.train.prepare import Prepared, resolve, run_length
+from megapoly.train.prepare import Prepared, resolve, run_length, with_start
 from megapoly.train.setup import Run, build_run
 
 VOCAB = 1003
@@ -145,10 +144,6 @@ def whole_state(run: Run) -> dict[str, torch.Tensor]:
 
 def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     """Train, resuming from the run's own checkpoint where there is one; the state at the end."""
-    prepared = tiny_prepared(cfg)
-    assert cfg.checkpoint.save is not None
-    if Path(cfg.checkpoint.save, "latest").exists():
-        prepared = dataclasses.replace(prepared, checkpoint=CheckpointReader.open(cfg.checkpoint.save), is_resume=True)
-    run = build_run(prepared, mesh)
+    run = build_run(with_start(tiny_prepared(cfg), {}), mesh)
     train(run)
     return whole_state(run)

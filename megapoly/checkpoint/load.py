@@ -1,52 +1,52 @@
 """Finding and reading checkpoints."""
 
 import math
-import re
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megapoly.checkpoint.state import PieceLoadPlanner, pieces, training_state
-from megapoly.checkpoint.storage import Reader, ShardFile, TensorRecord, read_json, read_records
+from megapoly.checkpoint.folders import find_folders, step_of
+from megapoly.checkpoint.shard import reading
+from megapoly.checkpoint.state import Piece, pieces, training_state
+from megapoly.checkpoint.storage import (
+    DTYPES,
+    Chunk,
+    Contents,
+    TensorRecord,
+    read_checked,
+    read_contents,
+    read_json,
+)
 from megapoly.checks import check_model
 from megapoly.config import SECTIONS, build
-from megapoly.errors import CheckpointError, ConfigError
+from megapoly.errors import CheckpointError, ConfigError, DamageError
 from megapoly.optim.sharded import ShardedOptimizer
+from megapoly.parallel.collectives import all_gather
+from megapoly.parallel.mesh import Mesh
 from megapoly.run_checks import check_ramp
 from megapoly.sections import Config, ModelConfig
 
+_PROBLEM_BYTES = 512  # of what ranks tell each other about damage
 # What makes a model another one, after defaults are filled in.
 _DECISIVE = (
     "num_layers hidden_size ffn_size num_attention_heads num_kv_heads head_dim position_embedding_type rotary_dim "
     "normalization norm_epsilon activation add_bias_linear parallel_residual tied width_multiple use_mup"
 ).split()
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STEP = re.compile(r"step_[0-9]{8,}")
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The step folder meant by a run, its checkpoints/ or a step folder itself; CheckpointError where there is none."""
-    path = Path(path)
-    for folder in (path, path / "checkpoints"):
-        pointer = folder / "latest"
-        if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-            if not _STEP.fullmatch(name):
-                raise CheckpointError(f"{pointer}: '{name[:40]}' is no step folder's name (step_ and 8 digits)")
-            return folder / name
-    if (path / "metadata.json").is_file():
-        return path
-    raise CheckpointError(
-        f"{path}: no checkpoint here (neither `latest` nor metadata.json); give a run or a step folder"
-    )
+    folders = find_folders(path)
+    if not folders:
+        raise CheckpointError(
+            f"{path}: no checkpoint here (neither `latest` nor metadata.json); give a run or a step folder"
+        )
+    return folders[0]
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,20 @@ class CheckpointReader:
     @staticmethod
     def open(path: str | Path) -> "CheckpointReader":
         """Open a run, a checkpoints/ or a step folder; CheckpointError where it is none."""
-        reader = CheckpointReader(find_checkpoint(path))
-        _ = reader.config, reader.records
+        return CheckpointReader.at(find_checkpoint(path))
+
+    @staticmethod
+    def at(folder: Path) -> "CheckpointReader":
+        """Open a step folder; CheckpointError, a DamageError where bytes are missing or are not what was written."""
+        reader = CheckpointReader(folder)
+        _ = reader.contents, reader.config
         return reader
 
     @cached_property
     def state(self) -> dict[str, Any]:
         """state.json, checked for the entries that everyone needs."""
         path = self.folder / "state.json"
-        state = read_json(path)
+        state = read_json(self.folder, path.name, self.contents)
         kinds = {"plan_fingerprint": str, "config": dict} | dict.fromkeys(
             ("step", "samples", "global_batch_size", "vocab_size"), int
         )
@@ -74,18 +79,21 @@ class CheckpointReader:
             value = state.get(key) if isinstance(state, dict) else None
             if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
                 raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not a {kind.__name__} that can be")
-        if state.get("dtype") not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: entry 'dtype' is {str(state.get('dtype'))[:40]}, not {' or '.join(_DTYPES)}"
-            )
-        if _STEP.fullmatch(self.folder.name) and int(self.folder.name[5:]) != state["step"]:
+        if state.get("dtype") not in DTYPES:
+            raise CheckpointError(f"{path}: entry 'dtype' is {str(state.get('dtype'))[:40]}, not {' or '.join(DTYPES)}")
+        if step_of(self.folder) not in (None, state["step"]):
             raise CheckpointError(f"{path}: entry 'step' is {state['step']}, the folder is {self.folder.name}")
         return dict(state)
 
     @cached_property
+    def contents(self) -> Contents:
+        """All tensors and files."""
+        return read_contents(self.folder)
+
+    @property
     def records(self) -> dict[str, TensorRecord]:
         """All tensors, with their shapes and chunks."""
-        return read_records(self.folder)
+        return self.contents.tensors
 
     @cached_property
     def config(self) -> Config:
@@ -138,7 +146,7 @@ class CheckpointReader:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters in training (the master weights on disk may be wider)."""
-        return _DTYPES[self.state["dtype"]]
+        return DTYPES[self.state["dtype"]]
 
     @property
     def loss_scaler(self) -> dict[str, Any]:
@@ -154,9 +162,12 @@ class CheckpointReader:
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer that was saved with it: a file (SentencePiece), or the folder that has its tokenizer.json."""
-        if (self.folder / "tokenizer.model").is_file():
+        for name in self.contents.files:
+            if name.startswith(("tokenizer", "special_tokens")):
+                read_checked(self.folder, name, self.contents)
+        if "tokenizer.model" in self.contents.files:
             return self.folder / "tokenizer.model"
-        return self.folder if (self.folder / "tokenizer.json").is_file() else None
+        return self.folder if "tokenizer.json" in self.contents.files else None
 
     @property
     def names(self) -> list[str]:
@@ -168,11 +179,22 @@ class CheckpointReader:
         record = self.records.get(f"model.{name}")
         if record is None:
             raise CheckpointError(f"{self.folder}: no parameter '{name}'")
-        result = torch.empty(record.shape, dtype=record.dtype)
-        for chunk in record.chunks:
-            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            result[place] = ShardFile(self.folder / chunk.file).read(f"model.{name}", chunk, record.dtype)
-        return result.to(self.dtype)
+        whole = torch.empty(record.shape, dtype=record.dtype)
+        self.read([Piece(f"model.{name}", record.shape, (0,) * whole.dim(), whole)])
+        return whole.to(self.dtype)
+
+    @torch.no_grad()
+    def read(self, wanted: Iterable[Piece]) -> None:
+        """Fill pieces from whatever chunks there are, with one chunk in memory beside them. Raises CheckpointError."""
+        with reading(self.folder) as shards:
+            for read in plan_reads(self.records, wanted):
+                places = [_common(p, read.chunk) for p in read.pieces]
+                targets = [_part(p.tensor, p.offsets, place) for p, place in zip(read.pieces, places, strict=True)]
+                takes_all = len(targets) == 1 and targets[0].shape == read.chunk.sizes
+                stored = shards.read(read.name, self.records[read.name], read.chunk, targets[0] if takes_all else None)
+                for target, place in zip(targets, places, strict=True):
+                    if target is not stored:
+                        target.copy_(_part(stored, read.chunk.offsets, place))
 
 
 def check_same_model(
@@ -200,26 +222,66 @@ def check_same_model(
             raise CheckpointError(f"{reader.folder}: parameter '{name}' is {found}, this run wants {shape}")
 
 
-def load_checkpoint(folder: Path, optimizer: ShardedOptimizer, weights_only: bool = False) -> None:
+@dataclass(frozen=True)
+class Read:
+    """A chunk of tensor `name`, and the pieces that take something of it."""
+
+    name: str
+    chunk: Chunk
+    pieces: tuple[Piece, ...]
+
+
+def plan_reads(records: Mapping[str, TensorRecord], wanted: Iterable[Piece]) -> list[Read]:
+    """The chunks that hold something of the pieces, each once, in the order in which they lie in the shards."""
+    by_name: dict[str, list[Piece]] = {}
+    for p in wanted:
+        by_name.setdefault(p.name, []).append(p)
+    reads = []
+    for name, parts in by_name.items():
+        record = records.get(name)
+        if record is None or record.shape != parts[0].shape:
+            found = "nothing" if record is None else record.shape
+            raise CheckpointError(f"the checkpoint has {found} for '{name}', the model wants {parts[0].shape}")
+        for chunk in record.chunks:
+            if takers := tuple(p for p in parts if all(begin < end for begin, end in _common(p, chunk))):
+                reads.append(Read(name, chunk, takers))
+    return sorted(reads, key=lambda read: (read.chunk.file, read.chunk.begin))
+
+
+def _common(p: Piece, chunk: Chunk) -> list[tuple[int, int]]:
+    """Begin and end, by dimension, of what a piece and a chunk have in common in the whole tensor."""
+    sides = zip(p.offsets, p.tensor.shape, chunk.offsets, chunk.sizes, strict=True)
+    return [(max(o, c), min(o + size, c + s)) for o, size, c, s in sides]
+
+
+def _part(tensor: Tensor, offsets: tuple[int, ...], place: list[tuple[int, int]]) -> Tensor:
+    """The entries of a rectangle at `offsets` that lie at a place in the whole tensor."""
+    return tensor[tuple(slice(begin - o, end - o) for (begin, end), o in zip(place, offsets, strict=True))]
+
+
+def load_checkpoint(checkpoint: CheckpointReader, optimizer: ShardedOptimizer, weights_only: bool = False) -> None:
     """Read the state that this rank holds from a checkpoint of any layout; all ranks call it together.
 
-    With weights_only the moments stay as they are (zero). Raises CheckpointError where this rank's part cannot be read.
+    With weights_only the moments stay as they are (zero). Raises DamageError, on all ranks alike, where any of them
+    finds bytes that are not what was written; the state is then undefined. Other CheckpointErrors as they come.
     """
     state = training_state(optimizer)
     wanted = pieces(optimizer.buffers, {"model": state["model"]} if weights_only else state, for_saving=False)
+    problem = ""
     try:
-        reader = Reader(folder)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-            dcp.load(
-                {"pieces": torch.empty(0)},  # the planner knows the pieces; an empty state would be read as "nothing"
-                storage_reader=reader,
-                planner=PieceLoadPlanner(wanted),
-                no_dist=not dist.is_initialized(),
-            )
-    except CheckpointError as error:
-        raise CheckpointError(str(error)) from None
-    except dcp.CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{folder}: cannot be loaded: {first}") from None
+        checkpoint.read(wanted)
+    except DamageError as damage:
+        problem = str(damage)
+    if problem := _first_problem(problem, optimizer.buffers.mesh):
+        raise DamageError(problem)
     optimizer.refresh_params()
+
+
+def _first_problem(problem: str, mesh: Mesh) -> str:
+    """The first rank's problem, on all ranks; empty where none has one."""
+    content = torch.zeros(1, _PROBLEM_BYTES, dtype=torch.uint8)
+    encoded = problem.encode()[:_PROBLEM_BYTES]
+    content[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    everyone = all_gather(content.to(mesh.device), mesh.world).cpu()
+    found = (bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone)
+    return next(filter(None, found), "")

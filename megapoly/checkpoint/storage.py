@@ -1,87 +1,70 @@
-"""A checkpoint's folder on disk: one safetensors file a rank, JSON metadata, nothing that can execute.
+"""A checkpoint's folder on disk: one safetensors file a rank, JSON, checksums of both, nothing that can execute.
 
     step_00000100/
-        metadata.json            every tensor: type, whole shape, and its chunks with their offsets and files
+        metadata.json            every tensor: type, whole shape, its chunks with their places in shards and CRC-32
         shard_00000.safetensors  the chunks that rank 0 wrote, named `tensor@offset,offset`
         state.json               step, samples, configuration, fingerprint of the data plan
+        tokenizer.model, ..      the tokenizer's own files
 
-The folder is written under a temporary name and renamed when it is complete; `latest` beside it is written last.
+metadata.json has a CRC-32 of itself, of every other small file and of every shard's header, so that no byte of a
+checkpoint is without one.
 """
 
 import json
 import math
 import os
-import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from torch.distributed.checkpoint import StorageReader, StorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from megapoly.errors import CheckpointError
+from megapoly.checkpoint.folders import SHARD
+from megapoly.errors import CheckpointError, DamageError
 
-FORMAT = "megapoly-checkpoint-1"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
+FORMAT = "megapoly-checkpoint-2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
-    """Name of a chunk inside its safetensors file."""
-    return f"{name}@{','.join(map(str, offsets))}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file durably: a temporary file, fsync, rename."""
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file that is on the disk when it has its name: a temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+def read_whole(path: Path) -> bytes:
+    """The content of a small file of a checkpoint; DamageError where it cannot be read."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path) -> Any:
-    """Read a checkpoint's JSON file; CheckpointError names what is wrong with it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the folder is not a finished checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+        raise DamageError(f"{path}: missing; the folder is not a finished checkpoint") from None
+    except OSError as error:
+        raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parsed(path: Path, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a tensor and the file that holds it."""
+    """A rectangle of a tensor, the file that holds it, where its bytes begin there, and their CRC-32."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
+    begin: int
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -92,23 +75,48 @@ class TensorRecord:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
+    def num_bytes(self, chunk: Chunk) -> int:
+        """Length of a chunk's bytes."""
+        return math.prod(chunk.sizes) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size of a file and a CRC-32: of all of it, of a shard of its first `begin` bytes only (the chunks follow)."""
+
+    size: int
+    crc: int
+    begin: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What metadata.json says that a checkpoint holds."""
+
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+
 
 def _sizes(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**48 for item in value):
-        raise ValueError(f"{value!r} is no list of sizes")
+        raise ValueError(f"{str(value)[:40]} is no list of sizes")
     return tuple(value)
 
 
-def _record(entry: Any) -> TensorRecord:
+def tensor_record(entry: Any) -> TensorRecord:
+    """A tensor's entry in metadata.json, checked: its chunks lie within it, do not overlap and leave nothing out.
+
+    Raises ValueError.
+    """
     shape = _sizes(entry["shape"])
     chunks = []
-    for offsets_entry, sizes_entry, file in entry["chunks"]:
-        offsets, sizes = _sizes(offsets_entry), _sizes(sizes_entry)
+    for offsets_entry, sizes_entry, file, begin, crc in entry["chunks"]:
+        offsets, sizes, (begin, crc) = _sizes(offsets_entry), _sizes(sizes_entry), _sizes([begin, crc])
         if not all(o + s <= whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"chunk at {offsets} of {sizes} lies outside of {shape}")
-        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+        if not isinstance(file, str) or not SHARD.fullmatch(file):
             raise ValueError(f"{file!r} is no shard's name")
-        chunks.append(Chunk(offsets, sizes, file))
+        chunks.append(Chunk(offsets, sizes, file, begin, crc))
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
     if covered != math.prod(shape):
         raise ValueError(f"chunks hold {covered} entries, the shape {shape} has {math.prod(shape)}")
@@ -117,171 +125,76 @@ def _record(entry: Any) -> TensorRecord:
     meets = ((begins[:, None] < ends[None]) & (begins[None] < ends[:, None])).all(-1)
     if meets.sum() > len(chunks):  # each meets itself; as many entries as the shape, so an overlap means a hole
         raise ValueError("chunks overlap")
-    return TensorRecord(_DTYPES[entry["dtype"]], shape, tuple(chunks))
+    return TensorRecord(DTYPES[entry["dtype"]], shape, tuple(chunks))
 
 
-def read_records(folder: Path) -> dict[str, TensorRecord]:
-    """All tensors that a checkpoint's metadata lists, checked for sense and against the sizes of its shards."""
+def _seal(tree: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode())
+
+
+def sealed(tree: dict[str, Any]) -> bytes:
+    """The content of a metadata.json, with the checksum of what else is in it."""
+    return json.dumps(tree | {"crc32": _seal(tree)}).encode()
+
+
+def file_entry(path: Path) -> list[int]:
+    """The entry of a small file in metadata.json: size, CRC-32, and how many bytes that is of."""
+    content = path.read_bytes()
+    return [len(content), zlib.crc32(content), len(content)]
+
+
+def read_contents(folder: Path) -> Contents:
+    """What a checkpoint's metadata lists, checked for sense and against its checksum and the sizes of the files."""
     path = folder / "metadata.json"
-    tree = read_json(path)
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not isinstance(tree.get("tensors"), dict):
+    tree = _parsed(path, read_whole(path))
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT}")
-    records = {}
-    claimed: Counter[str] = Counter()
-    for name, entry in tree["tensors"].items():
-        try:
-            records[name] = record = _record(entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: tensor '{name}' is damaged: {error}") from None
-        for chunk in record.chunks:
-            claimed[chunk.file] += math.prod(chunk.sizes) * record.dtype.itemsize
-    for file, size in claimed.items():
-        shard = folder / file
-        found = shard.stat().st_size if shard.is_file() else None
-        if found is None or found < size:
+    if tree.pop("crc32", None) != _seal(tree):
+        raise DamageError(f"{path}: its checksum does not fit; the file is damaged")
+    tensors, where = {}, ""
+    try:
+        files = {name: FileRecord(*_sizes(entry)) for name, entry in tree["files"].items()}
+        for name, entry in tree["tensors"].items():
+            where = f"tensor '{name}': "
+            tensors[name] = tensor_record(entry)
+        where = ""
+        _check_claims(tensors, files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {where}cannot be: {error}") from None
+    for name, record in files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != record.size:
             held = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{shard}: the shard {held}, metadata.json puts {size} bytes there; it is damaged")
-    return records
+            raise DamageError(f"{folder / name}: {held}, metadata.json says {record.size}; the checkpoint is damaged")
+    return Contents(tensors, files)
 
 
-class ShardFile:
-    """One safetensors file of a checkpoint, opened once; tensors are read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = safetensors.safe_open(str(path), framework="pt")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: missing or damaged shard: {error}") from None
-
-    def read(self, name: str, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor of a chunk."""
-        try:
-            tensor: torch.Tensor = self._file.get_tensor(chunk_key(name, chunk.offsets))
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{self.path}: chunk of '{name}' cannot be read: {error}") from None
-        if tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
-            raise CheckpointError(
-                f"{self.path}: '{name}' is {tuple(tensor.shape)} {tensor.dtype}, metadata says {chunk.sizes} {dtype}"
-            )
-        return tensor
+def _check_claims(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:
+    """Refuse names that are paths, and chunks that do not make up the shards after their headers; ValueError."""
+    claimed: Counter[str] = Counter()
+    for record in tensors.values():
+        for chunk in record.chunks:
+            claimed[chunk.file] += record.num_bytes(chunk)
+            end = chunk.begin + record.num_bytes(chunk)
+            if not files[chunk.file].begin <= chunk.begin <= end <= files[chunk.file].size:
+                raise ValueError(f"bytes {chunk.begin} to {end} of {chunk.file} are no chunk's")
+    for name, file in files.items():
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no file's name")
+        if file.begin + claimed[name] != file.size:
+            raise ValueError(f"chunks hold {claimed[name]} bytes of {name}, it has {file.size - file.begin} for them")
 
 
-class Writer(StorageWriter):
-    """Storage of torch.distributed.checkpoint: one safetensors file a rank, metadata as JSON."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """The folder is given at construction."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's chunks durably; a rank without any writes no file."""
-        name = f"shard_{self.rank:05d}.safetensors"
-        tensors, results = {}, []
-        for item in plan.items:
-            assert item.type is not WriteItemType.BYTE_IO
-            data = planner.resolve_data(item)
-            assert isinstance(data, torch.Tensor) and item.index.offset is not None
-            tensors[chunk_key(item.index.fqn, tuple(item.index.offset))] = (
-                data.detach().to("cpu", copy=True).contiguous()
-            )
-            results.append(WriteResult(index=item.index, size_in_bytes=data.nbytes, storage_data=name))
-        if tensors:
-            path = self.folder / name
-            safetensors.torch.save_file(tensors, str(path))
-            umask = os.umask(0)
-            os.umask(umask)
-            path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone; a shared run is read by others
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write metadata.json (the coordinator alone)."""
-        files = {result.index: result.storage_data for rank in results for result in rank}
-        tensors = {}
-        for name, record in metadata.state_dict_metadata.items():
-            assert isinstance(record, TensorStorageMetadata)
-            chunks = [
-                [list(c.offsets), list(c.sizes), files[MetadataIndex(name, torch.Size(c.offsets))]]
-                for c in record.chunks
-            ]
-            dtype = str(record.properties.dtype).removeprefix("torch.")
-            tensors[name] = {"dtype": dtype, "shape": list(record.size), "chunks": chunks}
-        write_text(self.folder / "metadata.json", json.dumps({"format": FORMAT, "tensors": tensors}))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+def read_checked(folder: Path, name: str, contents: Contents) -> bytes:
+    """The content of a small file of a checkpoint, against its checksum."""
+    content, record = read_whole(folder / name), contents.files.get(name)
+    if record is None:
+        raise DamageError(f"{folder / name}: metadata.json does not list it; the checkpoint is damaged")
+    if zlib.crc32(content) != record.crc:
+        raise DamageError(f"{folder / name}: its checksum does not fit; the file is damaged")
+    return content
 
 
-class Reader(StorageReader):
-    """The counterpart of Writer."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.records = read_records(folder)
-        self._chunks = {
-            (name, chunk.offsets): (record, chunk) for name, record in self.records.items() for chunk in record.chunks
-        }
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """The folder is given at construction."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(
-            state_dict_metadata={
-                name: TensorStorageMetadata(
-                    properties=TensorProperties(dtype=record.dtype),
-                    size=torch.Size(record.shape),
-                    chunks=[ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks],
-                )
-                for name, record in self.records.items()
-            },
-            storage_meta=StorageMeta(),
-        )
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Everything was read at construction."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the asked-for rectangles into their places."""
-        files: dict[str, ShardFile] = {}
-        for item in plan.items:
-            offset = item.storage_index.offset
-            assert offset is not None
-            record, chunk = self._chunks[item.storage_index.fqn, tuple(offset)]
-            if chunk.file not in files:
-                files[chunk.file] = ShardFile(self.folder / chunk.file)
-            stored = files[chunk.file].read(item.storage_index.fqn, chunk, record.dtype)
-            for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                stored = stored.narrow(dim, begin, length)
-            target = planner.resolve_tensor(item)
-            target.copy_(stored)
-            planner.commit_tensor(item, target)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+def read_json(folder: Path, name: str, contents: Contents) -> Any:
+    """A JSON file of a checkpoint, against its checksum."""
+    return _parsed(folder / name, read_checked(folder, name, contents))

@@ -1,10 +1,8 @@
 """The run: load, step, report, evaluate, save."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from megapoly.checkpoint.load import load_checkpoint
-from megapoly.checkpoint.save import save_checkpoint
+from megapoly.checkpoint.save import Saver
 from megapoly.data.plan_report import describe, summary
 from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
@@ -12,6 +10,7 @@ from megapoly.parallel.mesh import describe_host
 from megapoly.parallel.replicas import check_replicas
 from megapoly.train.metrics import Metrics, progress_line, say_validation
 from megapoly.train.setup import Run, describe_pipeline
+from megapoly.train.start import load_start
 from megapoly.train.step import evaluate, train_step
 
 
@@ -34,7 +33,7 @@ class Due:
             return bool(interval) and step % (interval or 1) == 0
 
         leaves = every(train.exit_interval) and not is_last
-        saves = is_last or leaves or every(train.save_interval)
+        saves = is_last or leaves or every(train.save_interval) or step in run.cfg.checkpoint.save_steps
         evaluates = bool(run.valid_loader.num_batches) and (is_last or every(train.eval_interval))
         compares = every(run.cfg.parallel.check_weight_hash_across_dp_replicas_interval)
         return Due(compares, saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
@@ -42,51 +41,61 @@ class Due:
 
 def train(run: Run) -> None:
     """Train from the run's starting point to its end, or to exit_interval."""
-    cfg, prepared, console = run.cfg, run.prepared, run.console
     introduce(run)
-    if prepared.checkpoint is not None:
-        load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
-        if prepared.takes_full_state:
-            run.loss_scaler.restore(prepared.checkpoint.loss_scaler)
-            run.optimizer.num_steps = prepared.checkpoint.optimizer_steps
+    run = load_start(run)
+    say_start(run)
+    cfg, prepared, console = run.cfg, run.prepared, run.console
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:
         say_validation(console, metrics.validation(evaluate(run).tolist()))
     seconds_per_step = 0.0
-    reported = prepared.start_step
-    metrics.start_clock()
-    for step in range(prepared.start_step + 1, prepared.num_steps + 1):
-        metrics.add(step, train_step(run, step))
-        due = Due.after(run, step)
-        if due.compare:
-            check_replicas(run.buffers, step)
-        if due.report:
-            row = metrics.read()
-            seconds_per_step = 0.9 * seconds_per_step + 0.1 * row["seconds"] if seconds_per_step else row["seconds"]
-            left = duration(seconds_per_step * (prepared.num_steps - step))
-            console.progress(progress_line(run, row, left))
-            if due.evaluate:
-                row |= metrics.validation(evaluate(run).tolist())
-                say_validation(console, row)
-            metrics.write()
-            say_finished_stages(run, prepared.samples_after(reported), row["samples"])
-            reported = step
-            if due.save:
-                assert cfg.checkpoint.save is not None
-                root = Path(cfg.checkpoint.save)
-                folder = save_checkpoint(root, step, run.optimizer, run.checkpoint_state(step), prepared.tokenizer)
-                console.say(f"  saved {folder}")
-            metrics.start_clock()
-        if due.exit:
-            console.say(
-                f"stopped after step {step} (exit_interval {cfg.train.exit_interval}); the same command goes on"
-            )
-            break
+    reported = step = prepared.start_step
+    with make_saver(run) as saver:
+        metrics.start_clock()
+        for step in range(prepared.start_step + 1, prepared.num_steps + 1):
+            metrics.add(step, train_step(run, step))
+            due = Due.after(run, step)
+            if due.compare:
+                check_replicas(run.buffers, step)
+            if due.report:
+                row = metrics.read()
+                seconds_per_step = 0.9 * seconds_per_step + 0.1 * row["seconds"] if seconds_per_step else row["seconds"]
+                left = duration(seconds_per_step * (prepared.num_steps - step))
+                console.progress(progress_line(run, row, left))
+                if due.evaluate:
+                    row |= metrics.validation(evaluate(run).tolist())
+                    say_validation(console, row)
+                metrics.write()
+                say_finished_stages(run, prepared.samples_after(reported), row["samples"])
+                reported = step
+                if due.save:
+                    saver.save(step, run.checkpoint_state(step))
+                metrics.start_clock()
+            say_news(run, saver)
+            if due.exit:
+                break
+        saver.finish(step, run.checkpoint_state(step))
+    say_news(run, saver)
+    if step < prepared.num_steps:
+        console.say(f"stopped after step {step} (exit_interval {cfg.train.exit_interval}); the same command goes on")
     metrics.close()
 
 
+def make_saver(run: Run) -> Saver:
+    """What writes the run's checkpoints; it spares the one that the run goes on from."""
+    p = run.prepared
+    start = p.checkpoint.folder if p.checkpoint is not None and p.is_resume else None
+    return Saver(run.cfg.checkpoint, run.optimizer, p.tokenizer, start)
+
+
+def say_news(run: Run, saver: Saver) -> None:
+    """What came of earlier saves."""
+    for line in saver.news():
+        run.console.say(f"  {line}")
+
+
 def introduce(run: Run) -> None:
-    """Say what is about to be trained, on what layout, and whether it starts or goes on."""
+    """Say what is about to be trained, and on what layout."""
     cfg, p, mesh = run.cfg, run.prepared, run.mesh
     console = run.console
     console.say(
@@ -104,6 +113,13 @@ def introduce(run: Run) -> None:
     console.say(describe_host(mesh.device))
     console.say(p.plan.sampler().describe())
     console.say(describe(p.plan))
+
+
+def say_start(run: Run) -> None:
+    """Say whether the run starts or goes on, from where, and what was skipped for it."""
+    cfg, p, console = run.cfg, run.prepared, run.console
+    for folder, problem in p.skipped.items():
+        console.say(f"warning: {folder} is damaged and was skipped: {problem}")
     if p.start_step:
         assert p.checkpoint is not None
         verb = "resuming" if p.is_resume else "continuing in"

@@ -7,17 +7,19 @@ import dataclasses
 import functools
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megapoly.checkpoint.load import CheckpointReader, check_same_model
+from megapoly.checkpoint.folders import find_folders, step_of
+from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
 from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources, plan_for
 from megapoly.data.indexed import TokenStream
 from megapoly.data.infilling import Infilling, make_infilling
 from megapoly.data.plan_changes import PlanChange, plan_changes
-from megapoly.errors import CheckpointError, ConfigError, MegapolyError
+from megapoly.errors import CheckpointError, ConfigError, DamageError, MegapolyError
 from megapoly.model.count import parameter_shapes
 from megapoly.optim.schedule import Phase, check_phases, phases_of, rate_at
 from megapoly.sections import Config
@@ -39,6 +41,7 @@ class Prepared:
     is_resume: bool = False  # the checkpoint is this run's own
     infilling: Infilling | None = None
     changes: tuple[PlanChange, ...] = ()  # of the plan since that checkpoint, for what is to come
+    skipped: Mapping[Path, str] = field(default_factory=dict)  # newer checkpoints that are damaged, and how
 
     @property
     def takes_full_state(self) -> bool:
@@ -178,18 +181,46 @@ def _hash_of_ends(paths: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[CheckpointReader | None, bool]:
-    """The checkpoint to start from and whether it is this run's own; refuses one whose past this plan would change."""
-    assert cfg.checkpoint.save is not None
-    is_resume = (Path(cfg.checkpoint.save) / "latest").exists()
-    if not is_resume and cfg.checkpoint.load is None:
-        if any(Path(cfg.checkpoint.save).glob("step_*")):
-            raise CheckpointError(
-                f"{cfg.checkpoint.save}: has step folders but no `latest`; write the name of the one to go on from "
-                "into it, or take another --run-dir"
-            )
-        return None, False
-    reader = CheckpointReader.open(cfg.checkpoint.save if is_resume else str(cfg.checkpoint.load))
+def own_checkpoints(cfg: Config) -> list[Path]:
+    """What the run may resume from, in its directory and its second one, the preferred first."""
+    roots = [root for root in (cfg.checkpoint.save, cfg.checkpoint.save_copy) if root is not None]
+    folders = [folder for root in roots for folder in find_folders(root)]
+    return sorted(folders, key=lambda folder: -(step_of(folder) or 0))
+
+
+def newest_sound(folders: Sequence[Path], skipped: Mapping[Path, str]) -> tuple[CheckpointReader, dict[Path, str]]:
+    """The first that is not known to be damaged; and those before it, with what is wrong. CheckpointError if none."""
+    found = dict(skipped)
+    for folder in folders:
+        if folder not in found:
+            try:
+                return CheckpointReader.at(folder), found
+            except DamageError as error:
+                found[folder] = str(error)
+    raise CheckpointError(f"{folders[0].parent}: no checkpoint is whole: {'; '.join(found.values())}")
+
+
+def _starting_point(
+    cfg: Config, plan: Plan, tokenizer: Tokenizer | None, skipped: Mapping[Path, str]
+) -> tuple[CheckpointReader | None, bool, dict[Path, str]]:
+    """The checkpoint to start from, whether it is this run's own, and what had to be skipped for it.
+
+    Refuses one whose past this plan would change.
+    """
+    folders = own_checkpoints(cfg)
+    is_resume = bool(folders)
+    if not is_resume:
+        if cfg.checkpoint.load is None:
+            return None, False, {}
+        folders = find_folders(cfg.checkpoint.load) or [find_checkpoint(cfg.checkpoint.load)]
+    reader, found = newest_sound(folders, skipped)
+    _check_start(reader, cfg, plan, tokenizer, is_resume)
+    return reader, is_resume, found
+
+
+def _check_start(
+    reader: CheckpointReader, cfg: Config, plan: Plan, tokenizer: Tokenizer | None, is_resume: bool
+) -> None:
     if is_resume or not cfg.checkpoint.finetune:
         if "exp_avg.final_norm.weight" not in reader.records:
             raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
@@ -214,7 +245,6 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                 f"{reader.folder}: its {reader.samples} samples came in batches of {were} (global_batch_size, "
                 f"rampup_batch_size), not of {are}; a run keeps the batches of its past"
             )
-    return reader, is_resume
 
 
 def _old_plan(reader: CheckpointReader) -> Plan | None:
@@ -269,6 +299,8 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
     assert cfg.checkpoint.save is not None
     _check_writable(cfg.logging.run_dir)
     _check_writable(cfg.checkpoint.save)
+    if cfg.checkpoint.save_copy is not None:
+        _check_writable(cfg.checkpoint.save_copy)
     vocab_size, tokenizer = resolve_vocab_size(cfg)
     streams = open_sources(cfg, vocab_size)
     valid = [TokenStream(s.valid_paths, vocab_size) if s.valid_paths else None for s in cfg.data.sources]
@@ -277,11 +309,19 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
             stream.check_vocab(vocab_size)
     plan = plan_for(cfg, streams)
     num_samples = run_length(cfg, plan)
-    checkpoint, is_resume = _starting_point(cfg, plan, tokenizer)
-    if checkpoint is not None:
-        check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
     infilling = make_infilling(cfg.data, tokenizer, cfg.train.seed)
-    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume, infilling)
+    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, infilling=infilling)
+    return with_start(prepared, {})
+
+
+def with_start(prepared: Prepared, skipped: Mapping[Path, str]) -> Prepared:
+    """The same with the checkpoint that the run starts from, if any; `skipped` are known to be damaged, and how."""
+    cfg, plan = prepared.cfg, prepared.plan
+    checkpoint, is_resume, skipped = _starting_point(cfg, plan, prepared.tokenizer, skipped)
+    prepared = dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=is_resume, skipped=skipped)
+    if checkpoint is not None:
+        shapes = parameter_shapes(cfg.model, prepared.vocab_size)
+        check_same_model(checkpoint, cfg.model, prepared.vocab_size, shapes)
     check_phases(prepared.phases)
     if checkpoint is not None and prepared.takes_full_state:
         prepared = dataclasses.replace(prepared, changes=tuple(_changes_since(checkpoint, plan)))

@@ -10,8 +10,8 @@ import torch
 from ranks import run_ranks
 from tiny_runs import run_to_end, tiny_config, tiny_prepared, whole_state
 
-from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
-from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.checkpoint.load import CheckpointReader, find_checkpoint, load_checkpoint
+from megapoly.errors import CheckpointError
 from megapoly.generate.sample import load_model
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
@@ -31,7 +31,7 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("tp", "pp", "dp", "family", "options"),
     [
-        (2, 2, 2, "gpt2", {}),
+        (2, 2, 2, "gpt2", {"save_interval": 1, "most_recent_k": 2}),
         (1, 1, 2, "llama", {"bf16": True}),
         (1, 2, 1, "gpt2", {"bf16": True, "pipeline_schedule": "zb-v"}),
         (2, 1, 2, "llama", {"bf16": True, "optimizer": "muon"}),
@@ -67,7 +67,7 @@ def saved(
 
 def load_state(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     run = build_run(tiny_prepared(cfg), mesh)
-    load_checkpoint(find_checkpoint(cfg.logging.run_dir), run.optimizer)
+    load_checkpoint(CheckpointReader.open(cfg.logging.run_dir), run.optimizer)
     return whole_state(run)
 
 
@@ -191,57 +191,6 @@ def test_latest_is_found_from_run_checkpoints_and_step(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "lying shape", "path", "not json", "other model", "pointer"])
-def test_a_damaged_checkpoint_gives_one_clear_line(damage: str, tmp_path: Path) -> None:
-    cfg, _ = saved(tmp_path, tp=1, pp=1, dp=1)
-    folder = find_checkpoint(tmp_path / "run")
-    shard, metadata = folder / "shard_00000.safetensors", folder / "metadata.json"
-    tree = json.loads(metadata.read_text())
-    named = folder
-    if damage == "truncate":
-        shard.write_bytes(shard.read_bytes()[:-100])
-    elif damage == "remove":
-        shard.unlink()
-    elif damage == "lying shape":
-        tree["tensors"]["model.final_norm.weight"]["shape"] = [10**12]
-    elif damage == "path":
-        tree["tensors"]["model.final_norm.weight"]["chunks"][0][2] = "../../etc/passwd"
-    elif damage == "other model":
-        cfg = tiny_config(tmp_path, "gpt2", 2, hidden_size=72)
-    if damage in ("lying shape", "path"):
-        metadata.write_text(json.dumps(tree))
-    if damage == "not json":
-        metadata.write_text("{")
-    if damage == "pointer":
-        named = folder.parent / "latest"
-        named.write_text("../../../etc")
-    with pytest.raises(MegapolyError) as caught:
-        reader = CheckpointReader.open(tmp_path / "run")
-        check_same_model(reader, cfg.model, 1003, parameter_shapes(cfg.model, 1003))
-        run_ranks(load_state, cfg)
-    assert str(named) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_save_that_fails_leaves_the_earlier_checkpoint_latest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 2, exit_interval=1))
-    first = find_checkpoint(tmp_path / "run")
-    assert first.name == "step_00000001"
-
-    def fails(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("megapoly.checkpoint.save._copy_tokenizer", fails)
-    with pytest.raises(CheckpointError, match="step_00000002: cannot be written: disk full"):
-        run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 2))
-    assert find_checkpoint(tmp_path / "run") == first
-    monkeypatch.undo()
-    run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 2))  # goes on from the first, over what the failed save left
-    assert find_checkpoint(tmp_path / "run").name == "step_00000002"
-
-
 def test_a_run_made_longer_goes_on_after_its_short_last_batch(tmp_path: Path) -> None:
     run_ranks(run_to_end, tiny_config(tmp_path, "gpt2", 4, train_samples=19))
     assert CheckpointReader.open(tmp_path / "run").samples == 19
@@ -262,32 +211,3 @@ def test_a_checkpoint_holds_its_tokenizer(tmp_path: Path) -> None:
     Path(Tokenizer.path).unlink()
     found = CheckpointReader.open(tmp_path / "run").tokenizer_path
     assert found is not None and found.read_bytes() == b"pieces"
-
-
-def one_tensor(shape: list[int], *chunks: tuple[list[int], list[int]], dtype: str = "float32") -> dict:
-    named = [[offsets, sizes, "shard_00000.safetensors"] for offsets, sizes in chunks]
-    return {"tensors": {"model.final_norm.weight": {"dtype": dtype, "shape": shape, "chunks": named}}}
-
-
-@pytest.mark.parametrize(
-    ("file", "change"),
-    [
-        ("state.json", {"config": {"model": []}}),
-        ("state.json", {"config": {"model": {"num_attention_heads": 0}}}),
-        ("state.json", {"config": {"model": {"num_layer": 3}}}),
-        ("state.json", {"step": -1}),
-        ("state.json", {"samples": "8"}),
-        ("metadata.json", one_tensor([10**13], ([0], [10**13]))),
-        ("metadata.json", one_tensor([4], ([0], [2]), ([1], [2]))),
-        ("metadata.json", one_tensor([4], ([0], [4, 1]))),
-        ("metadata.json", one_tensor([4], ([0], [4]), dtype="object")),
-        ("metadata.json", {"format": "pickle"}),
-    ],
-)
-def test_doctored_json_gives_one_clear_line(file: str, change: dict, tmp_path: Path) -> None:
-    saved(tmp_path, tp=1, pp=1, dp=1)
-    path = find_checkpoint(tmp_path / "run") / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError) as caught:
-        CheckpointReader.open(tmp_path / "run")
-    assert "\n" not in str(caught.value)

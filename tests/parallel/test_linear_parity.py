@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_parity import STEPS, assert_same_training, steps_of
 from tiny_runs import VOCAB, tiny_config, tiny_run, whole_state
 
-from megapoly.checkpoint.load import CheckpointReader, find_checkpoint, load_checkpoint
+from megapoly.checkpoint.load import CheckpointReader, load_checkpoint
 from megapoly.hf.export import export
 from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.mesh import Mesh
@@ -69,7 +69,7 @@ def trained(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
 def loaded(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     """The state right after it is loaded; one more step must leave the copies equal, their moments with them."""
     run = tiny_run(mesh, cfg)
-    load_checkpoint(find_checkpoint(cfg.logging.run_dir), run.optimizer)
+    load_checkpoint(CheckpointReader.open(cfg.logging.run_dir), run.optimizer)
     state = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     if mesh.kv.size > 1:
         require_equal_copies(run)

@@ -10,17 +10,17 @@ from megapoly.errors import CheckpointError, ConfigError, Echo
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
-from megapoly.train.prepare import _check_writable, _starting_point
-from megapoly.train.setup import check_agreement, only_writer
+from megapoly.train.prepare import Prepared, _check_writable, with_start
+from megapoly.train.setup import check_agreement, only_writer, written_folders
 
 
 def train_it(mesh: Mesh, cfg: Config) -> None:
     train(tiny_run(mesh, cfg))
 
 
-def starting_point(cfg: Config) -> None:
+def starting_point(cfg: Config) -> Prepared:
     prepared = tiny_prepared(cfg)
-    _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
+    return with_start(prepared, {})
 
 
 def test_changed_files_of_the_same_length_are_noticed(tmp_path: Path) -> None:
@@ -35,12 +35,11 @@ def test_changed_files_of_the_same_length_are_noticed(tmp_path: Path) -> None:
         starting_point(cfg)
 
 
-def test_step_folders_without_latest_are_not_trained_over(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_latest_resumes(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, "gpt2", 2, exit_interval=1)
     run_ranks(train_it, cfg)
     (tmp_path / "run/checkpoints/latest").unlink()
-    with pytest.raises(CheckpointError, match="no `latest`"):
-        starting_point(cfg)
+    assert starting_point(cfg).start_step == 1
 
 
 def test_another_plan_is_refused_but_a_longer_one_goes_on(tmp_path: Path) -> None:
@@ -60,6 +59,12 @@ def test_one_job_writes_to_a_run(tmp_path: Path) -> None:
             pass
     with only_writer(str(tmp_path / "run"), is_main=True):
         pass
+
+
+def test_a_place_with_two_names_is_written_by_one_job(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run/checkpoints")
+    cfg = tiny_config(tmp_path, "gpt2", 2, save_copy=str(tmp_path / "link"))
+    assert written_folders(cfg) == [str(tmp_path / "run"), str(tmp_path / "run/checkpoints")]
 
 
 def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ScheduleConfig
 from megapoly.train.loop import train
 from megapoly.train.main import dry_run
-from megapoly.train.prepare import Prepared, _changes_since, _starting_point
+from megapoly.train.prepare import Prepared, with_start
 from megapoly.train.setup import build_run
 
 # Blocks of 32 tokens: 20 in two sequences each, 18 whole (the last batch is cut short), 12 in four each.
@@ -186,7 +186,7 @@ def test_a_ramp_up_must_end_before_a_stage_has_batches_of_its_own(tmp_path: Path
 
 
 def starting_point(cfg: Config) -> None:
-    _starting_point(cfg, tiny_prepared(cfg).plan, None)  # type: ignore[arg-type]
+    going_on(cfg)
 
 
 def test_what_has_begun_keeps_its_sequences_batches_and_reset(tmp_path: Path) -> None:
@@ -235,11 +235,9 @@ def test_a_plan_changed_for_what_is_to_come_goes_on_and_is_said(
 
 
 def going_on(cfg: Config) -> Prepared:
-    prepared = tiny_prepared(cfg)
-    checkpoint, is_resume = _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
-    assert checkpoint is not None and is_resume
-    changes = tuple(_changes_since(checkpoint, prepared.plan))
-    return dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=True, changes=changes)
+    prepared = with_start(tiny_prepared(cfg), {})
+    assert prepared.is_resume
+    return prepared
 
 
 def go_on(mesh: Mesh, cfg: Config) -> None:

@@ -1,0 +1,146 @@
+"""Names of checkpoints, and how their folders come and go so that a kill at any moment leaves only whole ones.
+
+A folder gets its final name when all of it is on the disk, and loses that name before anything in it is deleted. What
+else a kill leaves has a name with a dot in front, and is swept when the next job starts.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapoly.errors import CheckpointError
+
+SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
+_STEP = re.compile(r"step_[0-9]{8,}")
+_LEFTOVER = re.compile(r"\.step_[0-9]{8,}\.[0-9a-f]+\.(tmp|old)")
+LATEST = "latest"
+
+
+def step_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a folder is named after; None for another name."""
+    return int(folder.name[5:]) if _STEP.fullmatch(folder.name) else None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_latest(root: Path) -> Path | None:
+    """The folder that `latest` names, whether it is there or not; None without `latest`."""
+    pointer = root / LATEST
+    try:
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{pointer}: cannot be read: {error.strerror}") from None
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{pointer}: '{name[:40]}' is no step folder's name (step_ and 8 digits)")
+    return root / name
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The finished checkpoints of a directory, the newest first."""
+    folders = [path for path in root.glob("step_*") if step_of(path) is not None and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def find_folders(path: str | Path) -> list[Path]:
+    """The step folders meant by a run, its checkpoints/ or a step folder itself, the preferred first.
+
+    That is the one that `latest` names, then the older ones: what is newer belongs to a future that was given up. One
+    that is not there is in the list as well. Without `latest` (a kill before the first was written) all are meant.
+    """
+    path = Path(path)
+    for root in (path, path / "checkpoints"):
+        named, present = read_latest(root), step_folders(root)
+        if named is not None:
+            return [named, *(folder for folder in present if folder.name != named.name and _is_older(folder, named))]
+        if present:
+            return present
+    return [path] if (path / "metadata.json").is_file() else []
+
+
+def _is_older(folder: Path, than: Path) -> bool:
+    return int(folder.name[5:]) < int(than.name[5:])
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `last` (None: all), those of every `every`th step, and `always`."""
+
+    last: int | None = None
+    every: int | None = None
+    always: frozenset[int] = frozenset()
+
+    def outdated(self, steps: list[int]) -> list[int]:
+        """Of the steps that have a checkpoint, those whose one may go."""
+        last = self.last if self.last is not None or self.every is None else 1
+        if last is None:
+            return []
+        older = sorted(steps, reverse=True)[last:]
+        return [step for step in older if step not in self.always and not (self.every and step % self.every == 0)]
+
+
+def publish(temporary: Path, token: str) -> Path:
+    """Give a finished folder `.NAME.token.tmp` its name and point `latest` at it; an older one of that name goes."""
+    root, name = temporary.parent, temporary.name.split(".")[1]
+    final = root / name
+    sync_directory(temporary)
+    if final.exists():  # a resume from an earlier step reached this one again
+        remove(final, token)
+    temporary.rename(final)
+    sync_directory(root)
+    pointer = root / f".{name}.{token}.tmp"
+    with pointer.open("w", encoding="utf-8") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    pointer.replace(root / LATEST)
+    sync_directory(root)
+    return final
+
+
+def remove(folder: Path, token: str) -> None:
+    """Delete a checkpoint; it has lost its name before the first of its files goes."""
+    old = folder.with_name(f".{folder.name}.{token}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    sync_directory(folder.parent)
+    shutil.rmtree(old)
+
+
+def prune(root: Path, retention: Retention, spared: Path | None, token: str) -> list[Path]:
+    """Delete what retention lets go, never what `latest` names or `spared`; newer folders than `latest`'s are left."""
+    named = read_latest(root)
+    if named is None:
+        return []
+    present = [folder for folder in step_folders(root) if folder == named or _is_older(folder, named)]
+    outdated = set(retention.outdated([int(folder.name[5:]) for folder in present]))
+    gone = [f for f in present if int(f.name[5:]) in outdated and f != named and (spared is None or f != spared)]
+    for folder in gone:
+        remove(folder, token)
+    return gone
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete what earlier jobs left unfinished, in their saves and in their deletions."""
+    left = [path for path in root.glob(".step_*") if _LEFTOVER.fullmatch(path.name)]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return left

@@ -1,0 +1,152 @@
+"""Looks at checkpoints on any machine, without a GPU or the model: lists, verification, contents, differences."""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.checkpoint.folders import find_folders, read_latest, step_folders, step_of
+from megapoly.checkpoint.load import CheckpointReader
+from megapoly.checkpoint.shard import ShardReader, reading
+from megapoly.checkpoint.state import Piece
+from megapoly.checkpoint.storage import Chunk, TensorRecord, read_checked
+from megapoly.errors import CheckpointError, DamageError
+
+_QUIET = ("config",)  # of state.json: too long for a line
+
+
+def listing(path: str | Path) -> list[dict[str, Any]]:
+    """One entry a finished checkpoint of a run or its checkpoints/, the newest first: step, samples, bytes, problem."""
+    roots = [root for root in (Path(path), Path(path) / "checkpoints") if step_folders(root)]
+    if not roots:
+        find = find_folders(path)
+        if not find:
+            raise CheckpointError(f"{path}: no checkpoint here; give a run, its checkpoints/ or a step folder")
+        return [_entry(find[0], None)]
+    return [_entry(folder, read_latest(roots[0])) for folder in step_folders(roots[0])]
+
+
+def _entry(folder: Path, latest: Path | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"folder": str(folder), "step": step_of(folder), "is_latest": folder == latest}
+    try:
+        reader = CheckpointReader.at(folder)
+    except CheckpointError as error:
+        return entry | {"problem": str(error)}
+    size = sum(record.size for record in reader.contents.files.values())
+    layout = reader.state.get("layout", {})
+    return entry | {"step": reader.step, "samples": reader.samples, "bytes": size, "layout": layout, "problem": None}
+
+
+def listed(entry: dict[str, Any]) -> str:
+    """An entry of a listing as a line."""
+    mark = "*" if entry["is_latest"] else " "
+    if entry["problem"] is not None:
+        return f"{mark} {entry['folder']}  DAMAGED: {entry['problem']}"
+    layout = " x ".join(f"{name.upper()} {size}" for name, size in entry["layout"].items())
+    samples, size = f"{entry['samples']:,} samples", f"{entry['bytes'] / 1e9:.3f} GB"
+    return f"{mark} {entry['folder']}  step {entry['step']:,}  {samples}  {size}  {layout}".rstrip()
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, after reading every byte of it; one chunk is in memory at a time."""
+    try:
+        reader = CheckpointReader.at(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name, record in reader.contents.files.items():
+        try:
+            if name.endswith(".safetensors"):
+                with (folder / name).open("rb") as file:
+                    if zlib.crc32(file.read(record.begin)) != record.crc:
+                        raise DamageError(f"{folder / name}: the checksum of its header does not fit; it is damaged")
+            else:
+                read_checked(folder, name, reader.contents)
+        except DamageError as error:
+            problems.append(str(error))
+    with reading(folder) as shards:
+        for name, tensor, chunk in _in_file_order(reader.records):
+            try:
+                shards.read(name, tensor, chunk)
+            except DamageError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _in_file_order(records: Mapping[str, TensorRecord]) -> list[tuple[str, TensorRecord, Chunk]]:
+    chunks = [(name, record, chunk) for name, record in records.items() for chunk in record.chunks]
+    return sorted(chunks, key=lambda entry: (entry[2].file, entry[2].begin))
+
+
+def contents(reader: CheckpointReader) -> dict[str, Any]:
+    """What a checkpoint holds: its state, and shape, type and number of chunks of every tensor."""
+    tensors = {
+        name: {"shape": record.shape, "dtype": str(record.dtype).removeprefix("torch."), "chunks": len(record.chunks)}
+        for name, record in sorted(reader.records.items())
+    }
+    return {"folder": str(reader.folder), "state": reader.state, "tensors": tensors}
+
+
+def described(found: dict[str, Any]) -> str:
+    """What a checkpoint holds, as lines."""
+    state = [f"  {key} {json.dumps(value)}" for key, value in found["state"].items() if key not in _QUIET]
+    rows = [f"  {name}  {tuple(t['shape'])} {t['dtype']}, {t['chunks']} chunks" for name, t in found["tensors"].items()]
+    return "\n".join([found["folder"], *state, *rows])
+
+
+def differences(one: CheckpointReader, other: CheckpointReader) -> Iterator[str]:
+    """In what two checkpoints differ, a line each: entries of their states and configurations, then tensors.
+
+    Tensors are compared bit by bit, a chunk of the first at a time.
+    """
+    for key in sorted(one.state.keys() | other.state.keys()):
+        if key not in _QUIET:
+            yield from _different(key, one.state.get(key), other.state.get(key))
+    configs = [_leaves(reader.state["config"]) for reader in (one, other)]
+    for key in sorted(configs[0].keys() | configs[1].keys()):
+        yield from _different(key, configs[0].get(key), configs[1].get(key))
+    for name in sorted(one.records.keys() | other.records.keys()):
+        kinds = [r and (r.shape, str(r.dtype)) for r in (one.records.get(name), other.records.get(name))]
+        if kinds[0] != kinds[1]:
+            yield from _different(name, *kinds)
+            continue
+        with reading(one.folder) as shards:
+            count, most = _compare(name, one, other, shards)
+        if count:
+            yield f"{name}: {count:,} of {torch.Size(one.records[name].shape).numel():,} entries, by {most:.3g} at most"
+
+
+def _compare(name: str, one: CheckpointReader, other: CheckpointReader, shards: ShardReader) -> tuple[int, float]:
+    """How many entries of a tensor differ in their bits, and the largest difference."""
+    record, count, most = one.records[name], 0, 0.0
+    for chunk in record.chunks:
+        mine = shards.read(name, record, chunk)
+        theirs = torch.empty_like(mine)
+        other.read([Piece(name, record.shape, chunk.offsets, theirs)])
+        differs = _bits(mine) != _bits(theirs)
+        if differs.any():
+            count += int(differs.sum())
+            most = max(most, float((mine.double() - theirs.double()).abs().max()))
+    return count, most
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def _different(name: str, one: object, other: object) -> Iterator[str]:
+    if one != other:
+        yield f"{name}: {_short(one)} there, {_short(other)} in the second"
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"config.{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

@@ -1,0 +1,149 @@
+"""One rank's shard: a safetensors file, written from memory block by block and read chunk by chunk, with checksums.
+
+The checksum of a block is taken in a second thread while the block is written or the next one is read. Neither needs
+the interpreter's lock, so that training goes on beside it.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megapoly.checkpoint.state import Piece
+from megapoly.checkpoint.storage import Chunk, TensorRecord
+from megapoly.errors import DamageError
+
+BLOCK = 16 << 20
+AHEAD = 64 << 20  # bytes that the disk fetches while what lies before them is checked and copied
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
+    """Name of a chunk inside its safetensors file."""
+    return f"{name}@{','.join(map(str, offsets))}"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(pieces: Iterable[Piece]) -> bytes:
+    entries: dict[str, Any] = {}
+    end = 0
+    for p in pieces:
+        begin, end = end, end + p.tensor.nbytes
+        place = {"dtype": _CODES[p.tensor.dtype], "shape": list(p.tensor.shape), "data_offsets": [begin, end]}
+        entries[chunk_key(p.name, p.offsets)] = place
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants its data aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard(path: Path, pieces: list[Piece]) -> dict[str, Any]:
+    """Write pieces durably as a new safetensors file; returns its part of metadata.json. Raises OSError.
+
+    Pieces on a GPU are fetched one by one.
+    """
+    header = _header(pieces)
+    chunks, begin = [], len(header)
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        _write(file, memoryview(header))
+        for p in pieces:
+            content, crc = _bytes_of(p.tensor), 0
+            for first in range(0, len(content), BLOCK):
+                block = content[first : first + BLOCK]
+                pending = pool.submit(zlib.crc32, block, crc)
+                _write(file, block)
+                crc = pending.result()
+            dtype = str(p.tensor.dtype).removeprefix("torch.")
+            chunks.append([p.name, dtype, p.shape, [p.offsets, tuple(p.tensor.shape), path.name, begin, crc]])
+            begin += len(content)
+        os.fsync(file.fileno())
+    return {"files": {path.name: [begin, zlib.crc32(header), len(header)]}, "chunks": chunks}
+
+
+def _write(file: Any, content: memoryview) -> None:
+    while content:  # one call may write a part
+        content = content[file.write(content) :]
+
+
+class ShardReader:
+    """Reads chunks of a checkpoint's shards, where they cannot go to their place into one memory as large as needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._memory = np.empty(0, dtype=np.uint8)
+        self._file: BinaryIO | None = None
+        self._name = ""
+        self._pool = ThreadPoolExecutor(1)
+
+    def read(self, name: str, record: TensorRecord, chunk: Chunk, into: Tensor | None = None) -> Tensor:
+        """A chunk of tensor `name`, whole and checked. Raises DamageError.
+
+        It is in `into` (of its shape) where that can take its bytes as they are, else it holds until the next call.
+        """
+        path, target = self.folder / chunk.file, into
+        if target is None or target.device.type != "cpu" or not target.is_contiguous() or target.dtype != record.dtype:
+            target = self._room(record.num_bytes(chunk)).view(record.dtype).view(chunk.sizes)
+        try:
+            found = self._fill(path, chunk.begin, _bytes_of(target))
+        except OSError as error:
+            raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+        if found != chunk.crc:
+            raise DamageError(f"{path}: the checksum of '{name}' at {chunk.offsets} does not fit; the shard is damaged")
+        return target
+
+    def _room(self, size: int) -> Tensor:
+        if len(self._memory) < size:
+            self._memory = np.empty(0, dtype=np.uint8)  # the old memory goes before the new one comes
+            self._memory = np.empty(size, dtype=np.uint8)
+        return torch.from_numpy(self._memory[:size])
+
+    def _fill(self, path: Path, begin: int, content: memoryview) -> int:
+        """Read a file's bytes from `begin` on; returns their checksum."""
+        if self._file is None or self._name != path.name:
+            self.close()
+            self._file, self._name = path.open("rb", buffering=0), path.name
+        self._file.seek(begin)
+        os.posix_fadvise(self._file.fileno(), begin, len(content) + AHEAD, os.POSIX_FADV_WILLNEED)
+        if len(content) <= BLOCK:
+            self._read_into(content)
+            return zlib.crc32(content)
+        pending = self._pool.submit(zlib.crc32, b"")
+        for first in range(0, len(content), BLOCK):
+            block = content[first : first + BLOCK]
+            self._read_into(block)
+            pending = self._pool.submit(zlib.crc32, block, pending.result())
+        return pending.result()
+
+    def _read_into(self, content: memoryview) -> None:
+        while content:
+            count = self._file.readinto(content)  # type: ignore[union-attr]
+            if not count:
+                raise OSError(0, "it ends too early")
+            content = content[count:]
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[ShardReader]:
+    """A reader of a checkpoint's shards, closed at the end."""
+    reader = ShardReader(folder)
+    try:
+        yield reader
+    finally:
+        reader.close()
+        reader._pool.shutdown()
