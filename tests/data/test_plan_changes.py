@@ -136,6 +136,14 @@ def test_a_ramp_of_another_length_differs_from_its_first_step_on() -> None:
     )
 
 
+def test_a_ramp_to_another_share_is_told_without_its_length() -> None:
+    old, new = (
+        plan_of([EN, KO], [DIAL | {"non_english_share": {"from": 0.3, "to": end}}]) for end in (0.6, 0.7)
+    )  # fmt: skip
+    (change,) = plan_changes(old, new)
+    assert str(change).startswith("stage 'one' had 0.3087 to 0.5911 non-English and has 0.3")
+
+
 plans = st.lists(
     st.tuples(st.integers(1, 30), st.sampled_from([0.2, 0.5, {"from": 0.1, "to": 0.9}])), min_size=1, max_size=4
 )

@@ -213,6 +213,7 @@ def test_the_tool_shows_a_run(config_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
     report = json.loads(tool("--run", str(tmp_path), "--json").stdout)
     assert report["steps"] == 11 and [stage["stage"] for stage in report["stages"]] == ["one", "two"]
+    assert "labels are masked" in tool("--run", str(tmp_path), "--eod-mask-loss").stdout
     for words, message in (
         ([str(config_file), "--run", str(tmp_path)], "2 configs are given"),
         (["--run", str(tmp_path / "none")], "none: has no config.yaml; give the folder of a run"),
