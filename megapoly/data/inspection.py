@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megapoly.data.packed import read_note
 from megapoly.data.reader import IndexedDataset, check_ids
 from megapoly.errors import DataError
 from megapoly.tokenizer.load import Tokenizer
@@ -23,7 +24,10 @@ IDENTIFIED_TOKENS = 512  # of a document: what its language is told by
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a dataset holds. `counts` of ids cover `read_tokens` tokens; lengths are of documents, in tokens."""
+    """What a dataset holds. `counts` of ids cover `read_tokens` tokens; lengths are of documents, in tokens.
+
+    `pack_length`: its documents are rows of packed ones, for samples of so many tokens.
+    """
 
     prefix: str
     dtype: str
@@ -34,6 +38,7 @@ class Inspection:
     length_percentiles: dict[int, int]
     length_histogram: list[tuple[int, int, int]]  # from, to (excluded), documents
     read_tokens: int
+    pack_length: int | None
     counts: NDArray[np.int64]
 
     def to_json(self, tokenizer: Tokenizer | None, most: int) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def inspect(prefix: str, vocab_size: int | None = None, max_tokens: int | None =
 
     Raises DataError for damage and, with a vocab_size, for an id beyond the vocabulary.
     """
-    dataset = IndexedDataset(prefix)
+    dataset, note = IndexedDataset(prefix), read_note(prefix)
     documents = document_lengths(dataset)
     counts, read = _count_ids(dataset, vocab_size, max_tokens)
     percentiles = np.percentile(documents, PERCENTILES, method="nearest") if len(documents) else [0] * len(PERCENTILES)
@@ -72,6 +77,7 @@ def inspect(prefix: str, vocab_size: int | None = None, max_tokens: int | None =
         length_percentiles={p: int(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
         length_histogram=_histogram(documents),
         read_tokens=read,
+        pack_length=None if note is None else note.pack_length,
         counts=counts,
     )
 
@@ -142,6 +148,10 @@ def describe(found: Inspection, tokenizer: Tokenizer | None, most: int) -> str:
     ]
     if found.sequences != found.documents:
         lines.append(f"  {found.sequences:,} sequences")
+    if found.pack_length is not None:
+        lines.append(
+            f"  packed: its documents are rows, its sequences texts, for samples of {found.pack_length:,} tokens"
+        )
     middle = ", ".join(f"{p}%: {length:,}" for p, length in found.length_percentiles.items())
     lines.append(f"  tokens of a document  {middle}")
     highest = max((count for *_, count in found.length_histogram), default=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import VOCAB, tiny_config
 
@@ -167,6 +167,7 @@ def test_batches_mask_what_a_slice_lacks() -> None:
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_documents_begin_with_rows_and_after_their_ends_and_padding_is_one(data: st.DataObject) -> None:
     length, eod = data.draw(st.integers(1, 9)), 3
     slices = [np.array(data.draw(st.lists(st.integers(0, 4), max_size=length + 1)), np.int64) for _ in range(3)]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megapoly.data import packing
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.inspection import describe, inspect
 from megapoly.data.mending import merge, repair
 from megapoly.data.packed import PackedStream, PackNote, read_note
 from megapoly.data.packing import Packing, best_fit, pack_documents
@@ -192,7 +193,9 @@ def test_rows_of_text_are_documents_of_megatrons_index(
     assert (made.rows, made.documents) == (len(rows), len(texts))
     assert made.cut == sum(len(text) > 64 for text in expected) > 0
     assert read_note(prefix) == PackNote(63, len(rows), sum(map(len, expected)))
-    IndexedDataset(prefix).check()
+    found = inspect(prefix, tokenizer.vocab_size)
+    assert (found.documents, found.sequences, found.pack_length) == (len(rows), len(pieces), 63)
+    assert "packed: its documents are rows, its sequences texts, for samples of 63 tokens" in describe(found, None, 3)
     assert sorted(os.listdir(tmp_path)) == [
         "a.jsonl", "p_text_document.bin", "p_text_document.idx", "p_text_document.pack.json",
     ]  # fmt: skip
