@@ -111,7 +111,7 @@ def plainly(units: list[str], rules: Rules) -> tuple[str, str] | None:
     return None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from("a bb ccc dd e".split()), min_size=3, max_size=60),
     st.sampled_from([0.05, 0.3, 0.6]),

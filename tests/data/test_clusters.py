@@ -77,3 +77,13 @@ def test_a_node_is_a_task_and_a_place() -> None:
     nodes = node(np.array([0, 1, 2**32 - 1]), np.array([5, 0, 2**32 - 1]))
     assert nodes.tolist() == [5, 2**32, 2**64 - 1]
     assert place_of(nodes).tolist() == [5, 0, 2**32 - 1]
+
+
+def test_no_more_pairs_are_held_than_documents_are_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The bands of a corpus give the same pairs over and over.
+    held = []
+    monkeypatch.setattr(clusters, "LEAST", 16)
+    monkeypatch.setattr(clusters, "components", lambda pairs: (held.append(len(pairs)), components(pairs))[1])
+    chain = np.stack([np.arange(20), np.arange(1, 21)], axis=1).astype(np.uint64)
+    assert len(spanning_forest(chain for _ in range(50))) == 20
+    assert len(held) > 20 and max(held) <= 20 + 20 + 20

@@ -94,8 +94,8 @@ def _run_here(stages: Sequence[Stage], folder: Path, machines: Machines, log: Ca
 
 def _run_in_processes(
     stages: Sequence[Stage], executors: Sequence[LocalTasks], workers: int, log: Callable[[str], None]
-) -> MegapolyError | None:
-    """Run all stages in one pool; returns what failed, without the frames that keep the pool alive."""
+) -> Exception | None:
+    """Run all stages in one pool; returns what failed of input or disk, without the frames that keep the pool alive."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megapoly.data.clean.steps", "megapoly.data.clean.dedup"])
     with ProcessPoolExecutor(workers, context) as pool:
@@ -107,7 +107,7 @@ def _run_in_processes(
                 f"stage {stage.name}: a process was killed, for want of memory perhaps; the same command goes on, "
                 "with fewer --workers it needs less"
             )
-        except MegapolyError as error:
+        except (MegapolyError, OSError) as error:
             pool.shutdown(cancel_futures=True)
             return error.with_traceback(None)
     return None
