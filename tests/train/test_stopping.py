@@ -156,7 +156,7 @@ def test_a_hang_ends_all_with_the_stacks_of_all(how: str, said: str, data: Path,
 def test_the_launcher_passes_its_end_on_and_starts_again_what_was_saved(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "--max-restarts", "1", str(HERE / "failing.py"), "SIGUSR1", "--config", "tiny", "--data-root", str(data),
-               *SMALL.split(), "--pipeline-model-parallel-size", "2", "--train-iters", "100000"]  # fmt: skip
+               *SMALL.split(), "--pipeline-model-parallel-size", "2"]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
             command, cwd=tmp_path, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
