@@ -90,7 +90,7 @@ class _Watch:
         self.host = socket.gethostname()
         self.name = f"rank {self.rank} ({self.host}, process {os.getpid()})"
         self.interval, self.limit = min(5.0, timeout / 20), 0.75 * timeout  # time left to gather stacks
-        self.store = launcher_store()
+        self.store = launcher_store(mesh)
         self.store.set(f"rank/{self.rank}", json.dumps([self.host, os.getpid()]))
         self.store.set(f"sign/{self.rank}", "")
         self.store.wait([f"{key}/{rank}" for key in ("rank", "sign") for rank in self._others])

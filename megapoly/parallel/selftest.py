@@ -163,7 +163,7 @@ def verdict(name: str, findings: list[Finding], is_on_gpu: bool) -> tuple[bool, 
 
 def selftest(mesh: Mesh, folder: Path, megabytes: int) -> bool:
     """Run all checks on all ranks, files of so many MB in `folder`; prints a line each; whether all went well."""
-    store = launcher_store() if mesh.world.size > 1 else None
+    store = launcher_store(mesh) if mesh.world.size > 1 else None
     is_good = True
     for name, check in CHECKS.items():
         try:

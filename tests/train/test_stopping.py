@@ -159,7 +159,11 @@ def test_the_launcher_passes_its_end_on_and_starts_again_what_was_saved(data: Pa
                *SMALL.split(), "--pipeline-model-parallel-size", "2"]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
-            command, cwd=tmp_path, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )
     try:
         deadline = time.monotonic() + 200
