@@ -3,6 +3,7 @@
 # make test                                   all tests
 # make test-parity                            every three parallel options together, on up to 16 ranks
 # make check                                  format, lint, types, tests
+# make selftest [FLAGS="--folder DIR"]         this host before a long run: GEMM, all-reduce, disk, clock, space, memory; RANKS=N
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
 # make bench-host                             host cost, CPU tokens/s and memory beside transformers; needs no GPU
@@ -20,12 +21,13 @@ DATA ?=
 CORPUS ?=
 FLAGS ?=
 TEXT_FLAGS ?=
+RANKS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/1/')
 BIN := .venv/bin
 # A host whose Python has a CUDA build of torch >= 2.11 keeps it; anywhere else constraints.txt decides.
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain curriculum-run test test-parity check install clean
+.PHONY: pretrain curriculum-run test test-parity check install clean selftest
 .PHONY: bench bench-step bench-host bench-data bench-dedup bench-checkpoint bench-record bench-tune kernels-report
 .DELETE_ON_ERROR:
 
@@ -50,6 +52,9 @@ check: .venv/installed-test
 	$(BIN)/python -m pytest
 
 install: .venv/installed-test
+
+selftest: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) tools/selftest.py $(FLAGS)
 
 bench:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/run.py $(FLAGS)

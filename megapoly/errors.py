@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 EXIT_STATUS = 2
+RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: saved when asked to stop; the same command goes on
 SPEAKER_SECONDS = 20.0
 
 

@@ -206,7 +206,9 @@ class ParallelConfig:
         0, "steps between comparisons of the parameters' hashes over their replicas; 0: never"
     )
     distributed_backend: str | None = option(None, "nccl or gloo (default: nccl on CUDA)", ("nccl", "gloo"))
-    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer ends the job")
+    distributed_timeout_minutes: float = option(
+        10.0, "a collective that waits longer, or a step without progress for 3/4 of it, ends the job"
+    )
 
     @property
     def chunks(self) -> int:

@@ -1,12 +1,12 @@
-"""How a job ends when one of its ranks does: every other rank says who is gone and in what collective it stood.
+"""How a job ends when one of its ranks does, hangs or is asked to: together, and saying who and where.
 
-Each rank has a thread that gives a sign of life in the launcher's store, watches the next rank's, and looks there for
-the end of the job, which the first who knows of it writes down. So ranks end together even where the main thread waits
-in a collective that never returns.
+Each rank has a thread that gives a sign of life in the launcher's store, watches the next rank's and its own main
+thread's progress, and looks there for the end of the job, which the first who knows of it writes down. So ranks end
+together even where the main thread waits in a collective that never returns. The same threads agree on the step after
+which all stop when a rank gets SIGTERM or SIGUSR1.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import select
@@ -18,28 +18,32 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import torch.distributed as dist
 
 from megapoly.errors import EXIT_STATUS, SPEAKER_SECONDS, MegapolyError
-from megapoly.parallel.collectives import Pending
 from megapoly.parallel.mesh import Mesh, launcher_store
+from megapoly.parallel.progress import Progress
+from megapoly.parallel.stacks import Frames, collective, describe, frames_of_all_threads, report, stacks_of_this_rank
 
 MISTAKE = "error: "  # how the end begins where a user's mistake is the reason, of which one rank has spoken
 FAILURE_STATUS = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # both of Slurm's, before it takes the hosts away
+SETTLE_SECONDS = 0.1  # between two looks at the steps that others have committed to
 
 
 @contextlib.contextmanager
-def ending_together(mesh: Mesh, timeout_minutes: float) -> Iterator[None]:
+def ending_together(mesh: Mesh, timeout_minutes: float, progress: Progress, run_dir: str) -> Iterator[None]:
     """While open, a rank that fails, is killed or stands still ends all of them, within the timeout.
 
     Errors of a user pass through. Any other ends the process here, with one line where it comes from another rank.
+    Where no rank makes progress, the stacks of all are written to run_dir. Signals to stop reach `progress`.
     """
     if mesh.world.size == 1:
-        yield
+        with _stopping_alone(progress):
+            yield
         return
-    watch = _Watch(mesh, 60 * timeout_minutes)
+    watch = _Watch(mesh, 60 * timeout_minutes, progress, Path(run_dir))
     try:
         yield
     except MegapolyError as error:
@@ -58,73 +62,45 @@ def ending_together(mesh: Mesh, timeout_minutes: float) -> Iterator[None]:
     watch.stop()
 
 
+@contextlib.contextmanager
+def _stopping_alone(progress: Progress) -> Iterator[None]:
+    def stop(number: int, _: object) -> None:
+        progress.stop_alone(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _is_from_outside(error: Exception) -> bool:
     """Whether a collective failed, rather than anything of this rank's own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-Frames = list[tuple[FrameType, int]]  # with the line in each, outermost first
-
-
-def _frames_of_all_threads() -> Frames:
-    """The main thread's first: on a GPU, backward passes run in another."""
-    own, main = threading.get_ident(), threading.main_thread().ident
-    stacks = sorted(sys._current_frames().items(), key=lambda entry: entry[0] != main)
-    return [pair for ident, top in stacks if ident != own for pair in [*traceback.walk_stack(top)][::-1]]
-
-
-def describe(frames: Frames, mesh: Mesh) -> str:
-    """Where a rank stands: step and phase, the collective and its axis as far as they show, the line of our code."""
-    names = [frame.f_code.co_name for frame, _ in frames]
-    ours = [pair for pair in frames if "megapoly" in Path(pair[0].f_code.co_filename).parts]
-    words = []
-    for (frame, _), (following, _) in itertools.pairwise(ours):
-        if frame.f_code.co_name == "train_step":
-            phase = next((name for name in ("backward", "forward") if name in names), following.f_code.co_name)
-            words = [f"train step {frame.f_locals.get('step')}", phase]
-    words.append(_collective(frames, mesh))
-    frame, line = ours[-1] if ours else frames[-1]
-    return (
-        f"{', '.join(filter(None, words))} ({frame.f_code.co_qualname}, {Path(frame.f_code.co_filename).name}:{line})"
-    )
-
-
-def _collective(frames: Frames, mesh: Mesh) -> str:
-    """The innermost collective of a stack, with its axis where one is at hand; empty where there is none."""
-    operation = ""
-    for frame, _ in reversed(frames):
-        here = frame.f_locals
-        if isinstance(here.get("self"), Pending):
-            return str(here["self"].what)
-        if frame.f_code.co_filename.endswith("distributed_c10d.py") and not operation:
-            name = frame.f_code.co_name
-            operation = "" if name.startswith("_") or name == "wrapper" else name
-        for value in [*here.values(), *getattr(here.get("self"), "__dict__", {}).values()]:
-            for axis in mesh.axes:
-                if axis.group is not None and (value is axis or value is axis.group):
-                    return f"{operation or frame.f_code.co_name} over {axis.name}"
-    return operation
-
-
 class _Watch:
     """The thread, and what ranks tell each other in the store: where they run, signs of life, and the end."""
 
-    def __init__(self, mesh: Mesh, timeout: float) -> None:
+    def __init__(self, mesh: Mesh, timeout: float, progress: Progress, run_dir: Path) -> None:
         self.mesh, self.rank = mesh, mesh.world.rank
+        self.progress, self.run_dir = progress, run_dir
         self._others = [rank for rank in range(mesh.world.size) if rank != self.rank]
         self.host = socket.gethostname()
         self.name = f"rank {self.rank} ({self.host}, process {os.getpid()})"
-        self.interval, self.limit = min(5.0, timeout / 20), 0.9 * timeout
-        self.store = launcher_store()
+        self.interval, self.limit = min(5.0, timeout / 20), 0.75 * timeout  # time left to gather stacks
+        self.store = launcher_store(mesh)
         self.store.set(f"rank/{self.rank}", json.dumps([self.host, os.getpid()]))
         self.store.set(f"sign/{self.rank}", "")
         self.store.wait([f"{key}/{rank}" for key in ("rank", "sign") for rank in self._others])
+        self._is_frozen = self._is_settled = self._has_told = False
         self.stood: Frames | None = None  # where the main thread stood when a collective failed there
         self._leaving = threading.Lock()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         # Python's own handler would wait for the main thread, which may never come back from a collective.
-        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -132,7 +108,9 @@ class _Watch:
     def stop(self) -> None:
         """End the watch; this rank needs the others no more."""
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            # Once all stop together, the launcher's signal for the first of them that is gone must not reach another.
+            signal.signal(number, signal.SIG_IGN if self._is_settled else handler)
         self._waker.send(b"\0")
         self._thread.join()
 
@@ -147,7 +125,7 @@ class _Watch:
                 # The launcher would end the rank that speaks as soon as this one is gone.
                 select.select([self._woken], [], [], SPEAKER_SECONDS)
                 os._exit(EXIT_STATUS)
-            where = describe(self.stood or _frames_of_all_threads(), self.mesh)
+            where = describe(self.stood or frames_of_all_threads(), self.mesh)
             print(f"{self.name}: {where}: {reason}", file=sys.stderr, flush=True)
             os._exit(status)
 
@@ -205,13 +183,82 @@ class _Watch:
                 sign = self.store.get(f"sign/{following}")
                 if sign != seen:
                     seen, since = sign, time.monotonic()
-                silence = time.monotonic() - since
+                silence, standstill = time.monotonic() - since, self.progress.standstill()
                 if silence > self.limit:
-                    self.end(f"{self._name(following)} has given no sign of life for {silence:.0f} s")
-                if select.select([self._woken], [], [], self.interval)[0]:
-                    if self._woken.recv(1)[0] != signal.SIGTERM:
+                    self._end_hang(f"{self._name(following)} has given no sign of life for {silence:.0f} s")
+                elif standstill > self.limit:
+                    self._end_hang(f"no progress for {standstill:.0f} s in {self.progress.phase}")
+                elif self.store.check(["hang"]):
+                    self._tell()
+                self._settle()
+                is_settling = self._is_frozen and not self._is_settled
+                if select.select([self._woken], [], [], SETTLE_SECONDS if is_settling else self.interval)[0]:
+                    number = self._woken.recv(1)[0]
+                    if number not in STOP_SIGNALS:
                         return
-                    reason = self._known_culprit() or self.end(f"{self.name} was ended by SIGTERM")
-                    self.leave(reason, 128 + signal.SIGTERM)
+                    self._take(signal.Signals(number))
         except dist.DistError as error:
             self.leave(f"the launcher's store is gone ({error})")
+
+    # Stopping together
+
+    def _take(self, sent: signal.Signals) -> None:
+        """A signal to stop; SIGTERM is also how the launcher ends a rank when another is gone."""
+        if sent == signal.SIGTERM and (reason := self._known_culprit()) is not None:
+            self.leave(reason, 128 + sent)
+        self.store.compare_set("stop", "", f"{sent.name} to {self.name}")
+
+    def _settle(self) -> None:
+        """Where somebody is to stop, tell the step that this rank is committed to, and settle once all have."""
+        if self._is_settled or not self.store.check(["stop"]):
+            return
+        if not self._is_frozen:
+            self.store.set(f"stop/{self.rank}", str(self.progress.freeze()))
+            self._is_frozen = True
+        keys = [f"stop/{rank}" for rank in range(self.mesh.world.size)]
+        if self.store.check(keys):
+            self._is_settled = True
+            self.progress.settle(max(int(self.store.get(key)) for key in keys), self.store.get("stop").decode())
+
+    # Hangs
+
+    def _tell(self) -> None:
+        """Write down where this rank stands, for the report of a hang."""
+        if self._has_told:
+            return
+        self._has_told = True
+        frames = frames_of_all_threads()
+        seconds = time.monotonic() - self.progress.since
+        entry = {
+            "line": f"{self.progress.phase} for {seconds:.0f} s: {describe(frames, self.mesh)}",
+            "waits": bool(collective(frames, self.mesh)),
+            "stacks": stacks_of_this_rank(),
+        }
+        self.store.set(f"stacks/{self.rank}", json.dumps(entry))
+
+    def _end_hang(self, found: str) -> None:
+        """End the job for a hang; the first rank that finds it gathers the stacks of all."""
+        self._tell()
+        if self.store.compare_set("hang", "", self.name).decode() != self.name:
+            return
+        ranks = range(self.mesh.world.size)
+        until = time.monotonic() + 2 * self.interval
+        while time.monotonic() < until and not self.store.check([f"stacks/{rank}" for rank in ranks]):
+            time.sleep(self.interval / 10)
+        told = [rank for rank in ranks if self.store.check([f"stacks/{rank}"])]
+        entries = {rank: json.loads(self.store.get(f"stacks/{rank}")) for rank in told}
+        silent = [rank for rank in ranks if rank not in entries]
+        idle = [rank for rank in told if not entries[rank]["waits"]]
+        if silent:
+            found = found if "sign of life" in found else f"{self._name(silent[0])} gives no sign of life; {found}"
+        elif idle and len(idle) < len(told):
+            found = f"{self._name(idle[0])} is in no collective, and others wait for it; {found}"
+        text = report(f"hang: {found}", {rank: self._name(rank) for rank in ranks}, entries)
+        path = self.run_dir / time.strftime("hang-%Y%m%dT%H%M%S.txt")
+        try:
+            path.write_text(text, encoding="utf-8")
+            found += f"; the stacks of all ranks are in {path}"
+        except OSError as error:
+            found += f"; {path} cannot be written ({error.strerror})"
+        print(text, end="", file=sys.stderr, flush=True)
+        self.end(found)

@@ -6,6 +6,7 @@ Axes are values that are passed to whoever needs them; the environment is read h
 import ctypes
 import dataclasses
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -156,11 +157,17 @@ def describe_host(device: torch.device) -> str:
     return f"host: {', '.join(words)}"
 
 
-def launcher_store() -> dist.Store:
-    """A connection of its own to the store of the ranks' rendezvous, in a namespace of this attempt."""
+def launcher_store(mesh: Mesh) -> dist.Store:
+    """A connection of its own to the store of the ranks' rendezvous, in a namespace of this start; all ranks call it.
+
+    The namespace is drawn, as torchrun may keep the store when it starts the ranks again, and its count of restarts
+    differs between hosts.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    drawn = torch.tensor([secrets.randbits(62) if mesh.is_main else 0], device=mesh.device)
+    dist.all_reduce(drawn, group=mesh.world.group)
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    return dist.PrefixStore(f"megapoly/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"megapoly/{int(drawn):x}", store)
 
 
 def die_with_launcher() -> None:

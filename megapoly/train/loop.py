@@ -1,6 +1,8 @@
 """The run: load, step, report, evaluate, save."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megapoly.checkpoint.save import Saver
 from megapoly.data.plan_report import describe, summary
@@ -12,6 +14,7 @@ from megapoly.train.metrics import Metrics, progress_line, say_validation
 from megapoly.train.setup import Run, describe_pipeline
 from megapoly.train.start import load_start
 from megapoly.train.step import evaluate, train_step
+from megapoly.train.stragglers import Stragglers
 
 
 @dataclass(frozen=True)
@@ -25,36 +28,42 @@ class Due:
     exit: bool
 
     @staticmethod
-    def after(run: Run, step: int) -> "Due":
-        """From the intervals of the configuration; the last step does everything."""
+    def after(run: Run, step: int, is_stopped: bool = False) -> "Due":
+        """From the intervals of the configuration; the last step does all, one that a signal stops at only saves."""
         train, is_last = run.cfg.train, step == run.prepared.num_steps
 
         def every(interval: int | None) -> bool:
             return bool(interval) and step % (interval or 1) == 0
 
-        leaves = every(train.exit_interval) and not is_last
+        leaves = is_stopped or (every(train.exit_interval) and not is_last)
         saves = is_last or leaves or every(train.save_interval) or step in run.cfg.checkpoint.save_steps
-        evaluates = bool(run.valid_loader.num_batches) and (is_last or every(train.eval_interval))
+        is_time_left = bool(run.valid_loader.num_batches) and not is_stopped
+        evaluates = is_time_left and (is_last or every(train.eval_interval))
         compares = every(run.cfg.parallel.check_weight_hash_across_dp_replicas_interval)
         return Due(compares, saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
 
 
-def train(run: Run) -> None:
-    """Train from the run's starting point to its end, or to exit_interval."""
+def train(run: Run) -> bool:
+    """Train from the run's starting point to its end, or to exit_interval; False where a signal stopped it before."""
     introduce(run)
     run = load_start(run)
     say_start(run)
-    cfg, prepared, console = run.cfg, run.prepared, run.console
+    prepared, console, progress = run.prepared, run.console, run.progress
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:
-        say_validation(console, metrics.validation(evaluate(run).tolist()))
+        say_validation(console, validate(run, metrics, 0))
+    compare_ranks = rank_comparison(run)
     seconds_per_step = 0.0
     reported = step = prepared.start_step
     with make_saver(run) as saver:
         metrics.start_clock()
-        for step in range(prepared.start_step + 1, prepared.num_steps + 1):
+        is_stopped = progress.stops_after(step)
+        while step < prepared.num_steps and not is_stopped:
+            step += 1
+            progress.enter(f"train step {step}")
             metrics.add(step, train_step(run, step))
-            due = Due.after(run, step)
+            is_stopped = step < prepared.num_steps and progress.stops_after(step)
+            due = Due.after(run, step, is_stopped)
             if due.compare:
                 check_replicas(run.buffers, step)
             if due.report:
@@ -62,23 +71,58 @@ def train(run: Run) -> None:
                 seconds_per_step = 0.9 * seconds_per_step + 0.1 * row["seconds"] if seconds_per_step else row["seconds"]
                 left = duration(seconds_per_step * (prepared.num_steps - step))
                 console.progress(progress_line(run, row, left))
+                row |= compare_ranks(step - reported)
                 if due.evaluate:
-                    row |= metrics.validation(evaluate(run).tolist())
+                    row |= validate(run, metrics, step)
                     say_validation(console, row)
                 metrics.write()
                 say_finished_stages(run, prepared.samples_after(reported), row["samples"])
                 reported = step
                 if due.save:
+                    progress.enter(f"save after step {step}", is_bounded=False)
                     saver.save(step, run.checkpoint_state(step))
                 metrics.start_clock()
             say_news(run, saver)
             if due.exit:
                 break
+        progress.enter("wait for the last save", is_bounded=False)
         saver.finish(step, run.checkpoint_state(step))
     say_news(run, saver)
-    if step < prepared.num_steps:
-        console.say(f"stopped after step {step} (exit_interval {cfg.train.exit_interval}); the same command goes on")
+    say_end(run, step, is_stopped)
     metrics.close()
+    return not is_stopped
+
+
+def rank_comparison(run: Run) -> Callable[[int], dict[str, Any]]:
+    """What compares the ranks' speed after so many steps: it says who is slow and returns entries of the row."""
+    if run.mesh.world.size == 1:
+        return lambda steps: {}
+    stragglers, before = Stragglers(run.mesh), run.progress.loading
+
+    def compare(steps: int) -> dict[str, Any]:
+        nonlocal before
+        loading, before = (run.progress.loading - before) / steps, run.progress.loading
+        entries, warnings = stragglers.compare(loading)
+        for line in warnings:
+            run.console.say(f"  warning: {line}")
+        return entries
+
+    return compare
+
+
+def validate(run: Run, metrics: Metrics, step: int) -> dict[str, Any]:
+    """The held-out losses after a step."""
+    run.progress.enter(f"evaluation after step {step}")
+    return metrics.validation(evaluate(run).tolist())
+
+
+def say_end(run: Run, step: int, is_stopped: bool) -> None:
+    """Say why the run ends before its last step, where it does."""
+    why = run.progress.reason if is_stopped else f"exit_interval {run.cfg.train.exit_interval}"
+    if is_stopped and step == run.prepared.start_step:
+        run.console.say(f"stopped before any step, nothing to save ({why}); the same command starts again")
+    elif step < run.prepared.num_steps:
+        run.console.say(f"stopped after step {step} ({why}); the same command goes on")
 
 
 def make_saver(run: Run) -> Saver:

@@ -15,7 +15,7 @@ from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.plan_report import describe
-from megapoly.errors import ConfigError, exit_on_error
+from megapoly.errors import RESTART_STATUS, ConfigError, exit_on_error
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.failure import ending_together
@@ -29,6 +29,7 @@ from megapoly.parallel.mesh import (
     prepare_host,
     world_size,
 )
+from megapoly.parallel.progress import Progress
 from megapoly.plan.memory import describe_memory
 from megapoly.sections import Config
 from megapoly.train.loop import train
@@ -149,12 +150,15 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         die_with_launcher()
         mesh = init_mesh(cfg)
         is_joined = True  # from here on a rank may meet what the others do not
-        with ending_together(mesh, parallel.distributed_timeout_minutes):
+        progress, run_dir = Progress(), prepared.cfg.logging.run_dir
+        with ending_together(mesh, parallel.distributed_timeout_minutes, progress, run_dir):
             check_agreement(prepared, mesh)
             with contextlib.ExitStack() as locks:
                 for folder in written_folders(prepared.cfg):
                     locks.enter_context(only_writer(folder, mesh.is_main))
-                train(build_run(prepared, mesh))
+                is_finished = train(build_run(prepared, mesh, progress))
         leave(mesh)
+        if not is_finished:
+            sys.exit(RESTART_STATUS)
 
     exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()

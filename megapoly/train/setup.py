@@ -28,6 +28,7 @@ from megapoly.parallel.collectives import all_gather
 from megapoly.parallel.gradients import FlatBuffers
 from megapoly.parallel.mesh import Mesh
 from megapoly.parallel.pipeline import Pipeline
+from megapoly.parallel.progress import Progress
 from megapoly.parallel.rng import key
 from megapoly.parallel.schedule import all_lists, placement_for
 from megapoly.parallel.stage import Stage, make_stage, split_layers
@@ -94,6 +95,7 @@ class Run:
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
+    progress: Progress
 
     @property
     def cfg(self) -> Config:
@@ -180,8 +182,11 @@ def build_chunks(
     return chunks, head
 
 
-def build_run(prepared: Prepared, mesh: Mesh) -> Run:
-    """Model, optimizer, pipeline and loaders of this rank; weights are drawn, no checkpoint is loaded yet."""
+def build_run(prepared: Prepared, mesh: Mesh, progress: Progress | None = None) -> Run:
+    """Model, optimizer, pipeline and loaders of this rank; weights are drawn, no checkpoint is loaded yet.
+
+    `progress` is what a watch over the run looks at; a run that nobody watches has one of its own.
+    """
     cfg, m = prepared.cfg, prepared.cfg.model
     dtype = getattr(torch, cfg.precision.parameters)
     split = layer_split(cfg, prepared.vocab_size)
@@ -218,6 +223,7 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents, prepared.infilling),
         valid_loader=ValidLoader(prepared.valid_streams, m.seq_length, deal, cfg.train.eval_iters, documents),
+        progress=progress or Progress(),
     )
 
 

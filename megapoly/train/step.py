@@ -1,5 +1,6 @@
 """The training step, on one screen."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,9 @@ class StepStats:
 
 def train_step(run: Run, step: int) -> StepStats:
     """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
+    begin = time.perf_counter()
     whole = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
+    run.progress.loading += time.perf_counter() - begin
     batches = [local_batch(batch, run.mesh.cp) for batch in whole]
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     scale = run.loss_scaler.scale
@@ -112,6 +115,7 @@ def evaluate(run: Run) -> Tensor:
     by_source = torch.zeros(2, len(run.prepared.streams), dtype=torch.float64, device=run.mesh.device)
     one = torch.ones((), device=run.mesh.device)
     for number in range(run.valid_loader.num_batches):
+        run.progress.beat()
         batches = [local_batch(batch, run.mesh.cp) for batch in run.valid_loader.batch(number)]
         run_pipeline(run, batches, one, by_source)
     return sum_over_stages(run, by_source)

@@ -1,8 +1,9 @@
-"""A training command whose rank 2 fails in step 3 as the first argument says; the rest are flags."""
+"""A training command in which a rank (2 of 4, 1 of 2) meets in step 3 what the first argument says; the rest are flags."""
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from megapoly.errors import DataError
@@ -13,13 +14,16 @@ from megapoly.train.step import StepStats, train_step
 
 
 def failing_step(run: Run, step: int) -> StepStats:
-    if run.mesh.world.rank == 2 and step == 3:
+    if run.mesh.world.rank == run.mesh.world.size // 2 and step == 3:
         how = sys.argv[1]
         if how == "raise":
             raise ArithmeticError("the sum does not add up")
         if how == "refuse":
             raise DataError("a file of rank 2 is damaged")
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+        if how == "hang":
+            time.sleep(3600)
+        if how != "go":
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}.get(how) or signal.Signals[how])
     return train_step(run, step)
 
 
