@@ -166,6 +166,7 @@ def test_cleaning_what_is_clean_keeps_all_of_it(inputs: list[str], tmp_path: Pat
 def test_a_finished_run_does_nothing_and_another_one_is_refused(inputs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = clean_corpus(inputs, str(out), log=quiet)
+    assert sorted(path.name for path in (out / "work.partial").iterdir()) == ["ledgers", "logs", "state.json"]
     before, times = files_of(out), {p: p.stat().st_mtime_ns for p in out.rglob("*.jsonl.gz")}
     assert clean_corpus(inputs, str(out), log=quiet) == first
     assert files_of(out) == before and times == {p: p.stat().st_mtime_ns for p in times}
