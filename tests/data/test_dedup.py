@@ -314,6 +314,26 @@ def test_a_damaged_file_ends_in_one_error_that_names_it(finished: Path, data: st
         go_on(finished, kind)
 
 
+def test_every_bit_of_a_files_end_counts(tmp_path: Path) -> None:
+    path = tmp_path / "w" / "a.bin"
+    with RecordWriter(path) as writer:
+        writer.section(np.arange(5))
+        writer.finish({"fact": 1})
+    content = path.read_bytes()
+    assert RecordFile.open(path, {"fact": 1}, "").read(0, np.int64).tolist() == [0, 1, 2, 3, 4]
+    for bit in range(8 * 40, 8 * len(content)):
+        path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+        with pytest.raises(DataError, match=f"{path} is damaged"):
+            RecordFile.open(path, {"fact": 1}, "")
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), RecordWriter(tmp_path / "w" / "a.bin") as writer:
+        writer.section(np.arange(5))
+        raise OSError("full")
+    assert list((tmp_path / "w").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "kind, stage", [("signatures", "signatures"), ("pairs", "buckets"), ("duplicates", "clusters")]
 )

@@ -153,6 +153,10 @@ def test_a_long_text_is_the_same_but_for_its_cuts(monkeypatch: pytest.MonkeyPatc
     cuts = len(text) // 1000
     assert len(whole - set(pieces[1].tolist())) <= 5 * cuts < len(whole) / 20
     assert 0 <= counts[1] - len(text.split()) + 4 <= cuts
+    characters = "".join(document(random.Random(1), "han", 5000))
+    cut, _ = shingles([characters], 5)
+    monkeypatch.undo()
+    assert (cut == shingles([characters], 5)[0]).all(), "where a token is a character a cut changes nothing"
 
 
 def test_batches_hold_every_text_once_in_order() -> None:
