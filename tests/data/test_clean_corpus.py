@@ -166,6 +166,7 @@ def test_cleaning_what_is_clean_keeps_all_of_it(inputs: list[str], tmp_path: Pat
 def test_a_finished_run_does_nothing_and_another_one_is_refused(inputs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = clean_corpus(inputs, str(out), log=quiet)
+    assert sorted(path.name for path in (out / "work.partial").iterdir()) == ["ledgers", "logs", "state.json"]
     before, times = files_of(out), {p: p.stat().st_mtime_ns for p in out.rglob("*.jsonl.gz")}
     assert clean_corpus(inputs, str(out), log=quiet) == first
     assert files_of(out) == before and times == {p: p.stat().st_mtime_ns for p in times}
@@ -270,20 +271,36 @@ def test_damaged_and_missing_files_end_in_one_line(inputs: list[str], tmp_path: 
     damaged = tmp_path / "damaged.jsonl.gz"
     damaged.write_bytes(Path(inputs[1]).read_bytes()[:-30])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    cases = [
-        (["--input", str(damaged), "--output-dir", str(tmp_path / "x")], "damaged.jsonl.gz: damaged or truncated"),
-        (["--input", str(tmp_path / "none.jsonl"), "--output-dir", str(tmp_path / "x")], "none.jsonl: cannot be read"),
-        (["--input", *inputs, "--output-dir", inputs[0]], "a.jsonl"),
-        (["--input", *inputs, "--output-dir", str(tmp_path / "x"), "--tasks", "0"], "--tasks (0)"),
-        (["--input", *inputs, "--output-dir", str(tmp_path / "x"), "--workers", "0"], "--workers (0)"),
-        (["--input", *inputs, "--output-dir", str(tmp_path / "x"), "--executor", "slurm"], "needs --partition"),
-        (["--input", *inputs, "--output-dir", str(tmp_path / "x"), "--sbatch", "account"], "NAME=VALUE"),
-    ]
-    for arguments, message in cases:
-        found = subprocess.run([sys.executable, "tools/clean_corpus.py", *arguments], cwd=ROOT, env=environment,
-                               capture_output=True, text=True, check=False)  # fmt: skip
+    for arguments, message in (
+        (["--input", str(damaged), inputs[0]], "damaged.jsonl.gz: damaged or truncated"),
+        (["--input", inputs[0], "--sbatch", "account"], "NAME=VALUE"),
+    ):
+        command = [
+            sys.executable,
+            "tools/clean_corpus.py",
+            *arguments,
+            "--output-dir",
+            str(tmp_path / "x"),
+            "--workers",
+            "2",
+        ]
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert (found.returncode, found.stderr.count("\n")) == (2, 1), found.stderr
-        assert message in found.stderr, found.stderr
+        assert message in found.stderr
+
+
+def test_what_cannot_be_done_is_said_before_any_work(inputs: list[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "x")
+    for message, call in (
+        ("none.jsonl: cannot be read", lambda: clean_corpus([str(tmp_path / "none.jsonl")], out)),
+        ("a.jsonl: File exists", lambda: clean_corpus(inputs, inputs[0])),
+        (r"--tasks \(0\)", lambda: clean_corpus(inputs, out, tasks=0)),
+        (r"--workers \(0\)", lambda: clean_corpus(inputs, out, machines=Machines(workers=0))),
+        ("--partition", lambda: clean_corpus(inputs, out, machines=Machines("slurm"))),
+    ):
+        with pytest.raises(MegapolyError, match=message):
+            call()
+    assert not Path(out).exists()
 
 
 def test_parquet_and_an_empty_file_are_read(tmp_path: Path) -> None:
