@@ -155,8 +155,9 @@ def test_13b_on_256_ranks_is_saved_once_and_loads_on_every_other_layout(name: st
             with fake_run(large(other), VOCAB, RANKS, rank) as run:
                 wanted = pieces(run.buffers, training_state(run.optimizer), for_saving=False)
             reads = plan_reads(records, wanted)
-            found = sum(common(p, read.chunk) for read in reads for p in read.pieces)
-            assert found == sum(p.tensor.numel() for p in wanted), (other, rank)
+            found = [common(p, read.chunk) for read in reads for p in read.pieces]
+            assert min(found) > 0, "a chunk is read in vain"
+            assert sum(found) == sum(p.tensor.numel() for p in wanted), (other, rank)
             assert len({(read.name, read.chunk.offsets) for read in reads}) == len(reads), "a chunk is read twice"
 
 
