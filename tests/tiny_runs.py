@@ -1,6 +1,8 @@
 """Small real runs for tests: random token files on disk, the three families at awkward sizes."""
 
 import dataclasses
+import json
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from ranks import assemble
 
 from megapoly.checkpoint.state import pieces, training_state
+from megapoly.checkpoint.storage import sealed
 from megapoly.config import SECTIONS, build
 from megapoly.data.curriculum import open_sources, plan_for
 from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
@@ -140,6 +143,15 @@ def model_config(family: str, **changes: Any) -> ModelConfig:
 def whole_state(run: Run) -> dict[str, torch.Tensor]:
     """Master weights and the optimizer's state, whole, by name."""
     return assemble(pieces(run.buffers, training_state(run.optimizer), for_saving=True))
+
+
+def reseal(folder: Path, change: dict[str, Any] | None = None) -> None:
+    """Give metadata.json, changed, checksums that fit: what a forger would do, and no failing disk does."""
+    tree = json.loads((folder / "metadata.json").read_text())
+    del tree["crc32"]
+    state = (folder / "state.json").read_bytes()
+    tree["files"]["state.json"] = [len(state), zlib.crc32(state), len(state)]
+    (folder / "metadata.json").write_bytes(sealed(tree | (change or {})))
 
 
 def run_to_end(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:

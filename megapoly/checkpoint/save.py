@@ -180,10 +180,10 @@ class Saver:
         speaker = int((status_RJ == FAILED).any(1).nonzero()[0])
         if self.mesh.world.rank != speaker:
             raise Echo(f"rank {speaker} could not save")
-        cause = next(job.error for job in jobs if job.status == FAILED)
+        failed = next(job for job in jobs if job.status == FAILED)
         raise CheckpointError(
-            f"{self.failures} saves in a row failed, the last one with: {_reason(cause)}; earlier checkpoints are "
-            "whole: mend it and start the same command again, or raise --max-failed-saves"
+            f"{self.failures} saves in a row failed, the last one with: {failed.folder}: {_reason(failed.error)}; "
+            "earlier checkpoints are whole: mend it and start the same command again, or raise --max-failed-saves"
         )
 
     def finish(self, step: int, state: dict[str, Any]) -> None:

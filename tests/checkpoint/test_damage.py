@@ -1,21 +1,18 @@
 """A checkpoint whose bytes are not what was written is noticed, named in a line, and an older one taken for it."""
 
 import json
-import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from tiny_runs import run_to_end, tiny_config, tiny_prepared
+from tiny_runs import reseal, run_to_end, tiny_config, tiny_prepared
 
 from megapoly.checkpoint.folders import find_folders
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint, load_checkpoint
 from megapoly.checkpoint.report import verify
-from megapoly.checkpoint.storage import sealed
 from megapoly.errors import CheckpointError, DamageError, MegapolyError
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
@@ -24,15 +21,6 @@ from megapoly.train.loop import train
 from megapoly.train.prepare import with_start
 from megapoly.train.setup import build_run
 from megapoly.train.start import load_start
-
-
-def reseal(folder: Path, change: dict[str, Any] | None = None) -> None:
-    """Give metadata.json, changed, checksums that fit: what a forger would do, and no failing disk does."""
-    tree = json.loads((folder / "metadata.json").read_text())
-    del tree["crc32"]
-    state = (folder / "state.json").read_bytes()
-    tree["files"]["state.json"] = [len(state), zlib.crc32(state), len(state)]
-    (folder / "metadata.json").write_bytes(sealed(tree | (change or {})))
 
 
 def load_into_new(mesh: Mesh, cfg: Config) -> None:

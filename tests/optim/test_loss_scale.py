@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import run_to_end, tiny_config, tiny_run
+from tiny_runs import reseal, run_to_end, tiny_config, tiny_run
 
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checks import check_precision
@@ -142,5 +142,6 @@ def test_a_run_resumed_between_overflows_is_bit_equal(tmp_path: Path) -> None:
     path = reader.folder / "state.json"
     for state in ({"skipped_steps": 13}, {"skipped_steps": 0, "scale": -1.0, "good_steps": 0, "overflows_left": 0}, 3):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"loss_scaler": state}))
+        reseal(reader.folder)
         with pytest.raises(CheckpointError, match="'loss_scaler' is no state"):
             _ = CheckpointReader.open(tmp_path / "parts").loss_scaler

@@ -12,7 +12,7 @@ from tiny_runs import run_to_end, tiny_config, tiny_prepared
 
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.sections import Config
-from megapoly.train.prepare import _starting_point
+from megapoly.train.prepare import with_start
 
 RAMP = [2, 2, 18]  # batches of 2, 4, 6 for 6 samples each, then 8
 SAMPLES = [2, 4, 6, 10, 14, 20, 28, 36, 40]
@@ -52,7 +52,7 @@ def test_a_ramp_resumed_in_its_midst_is_bit_equal_and_counts_right(tmp_path: Pat
 
 
 def starting_point(cfg: Config) -> None:
-    _starting_point(cfg, tiny_prepared(cfg).plan, None)  # type: ignore[arg-type]
+    with_start(tiny_prepared(cfg), {})
 
 
 def test_another_ramp_is_refused_unless_its_past_is_the_same(tmp_path: Path) -> None:
