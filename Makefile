@@ -6,10 +6,11 @@
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
 # make bench-host                             host cost, CPU tokens/s and memory beside transformers; needs no GPU
 # make bench-data                             a data set opened, ordered, read; preprocessing; beside megatron-core; no GPU
+# make bench-checkpoint                       stall, bandwidth and memory of saves and loads beside torch's; needs no GPU
 # make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
 # make bench-tune [FLAGS="--head-dim 64"]     tile sizes of attention's kernels, tried out on this GPU
 # make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
-# (these seven use PYTHON as it is and install nothing; FLAGS=.. reaches the script; TEXT_FLAGS=.. the part of bench-data on text)
+# (these eight use PYTHON as it is and install nothing; FLAGS=.. reaches the script; TEXT_FLAGS=.. the part of bench-data on text)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -22,7 +23,7 @@ HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
 .PHONY: pretrain test test-parity check install clean
-.PHONY: bench bench-step bench-host bench-data bench-record bench-tune kernels-report
+.PHONY: bench bench-step bench-host bench-data bench-checkpoint bench-record bench-tune kernels-report
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
@@ -56,6 +57,9 @@ bench-host:
 bench-data:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/data.py $(FLAGS); status=$$?; \
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/preprocess.py $(TEXT_FLAGS) && exit $$status
+
+bench-checkpoint:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/checkpoint.py $(FLAGS)
 
 bench-record:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)

@@ -193,6 +193,11 @@ class Saver:
             self.save(step, state)
             self.wait()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._thread.is_alive()
+
     def news(self) -> list[str]:
         """What was saved, deleted and swept since the last call, in words; on the main rank."""
         return [self._news.popleft() for _ in range(len(self._news))]
