@@ -209,6 +209,19 @@ def read_checked(folder: Path, name: str, contents: Contents) -> bytes:
     return content
 
 
+def check_beginning(folder: Path, name: str, record: FileRecord) -> None:
+    """Refuse a file whose first `begin` bytes (a shard's header, all of a small file) are not what was written."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            found = zlib.crc32(file.read(record.begin))
+    except OSError as error:
+        raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+    if found != record.crc:
+        what = "its checksum" if record.begin == record.size else "the checksum of its header"
+        raise DamageError(f"{path}: {what} does not fit; the file is damaged")
+
+
 def read_json(folder: Path, name: str, contents: Contents) -> Any:
     """A JSON file of a checkpoint, against its checksum."""
     return _parsed(folder / name, read_checked(folder, name, contents))
