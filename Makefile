@@ -1,6 +1,7 @@
 # make pretrain [DATA="a.jsonl b.jsonl.gz"]   the whole way once: text -> tokens -> 3D-parallel training -> Hugging Face
 # make test                                   all tests
 # make test-parity                            every three parallel options together, on up to 16 ranks
+# make test-faults [FLAGS="--trials 200 --json FILE"]   kills, full disks, damage to real jobs; goes on where FILE ends
 # make check                                  format, lint, types, tests
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
 # make bench-step                             the training step of polylm-1.7b beside transformers, on this GPU
@@ -22,7 +23,7 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain test test-parity check install clean
+.PHONY: pretrain test test-parity test-faults check install clean
 .PHONY: bench bench-step bench-host bench-data bench-checkpoint bench-record bench-tune kernels-report
 .DELETE_ON_ERROR:
 
@@ -35,6 +36,9 @@ test: .venv/installed-test
 
 test-parity: .venv/installed-test
 	$(BIN)/python -m pytest -m sweep tests/parallel/test_sweep.py $(FLAGS)
+
+test-faults: .venv/installed-test
+	PYTHONPATH=kernels:. $(BIN)/python tests/faults/campaign.py $(FLAGS)
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ from tiny_runs import run_to_end, tiny_config, tiny_prepared, write_tokens
 from megapoly.checkpoint.folders import find_folders
 from megapoly.checkpoint.load import CheckpointReader, load_checkpoint
 from megapoly.checkpoint.report import contents, described, listed, listing, verify
+from megapoly.checks import check
 from megapoly.config import load_config
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.indexed import IndexedDataset
@@ -205,14 +206,14 @@ def test_rows_of_metrics_that_are_none_are_dropped(content: bytes, tmp_path: Pat
 def test_a_hostile_configuration_gives_one_line(text: str, mark: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text.format(mark=mark))
-    assert refuses(lambda: load_config(str(path), {})) != ""
+    assert refuses(lambda: check(load_config(str(path), {}), 1)) != ""
 
 
 def test_aliases_of_aliases_take_no_memory(tmp_path: Path) -> None:
     lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
     (tmp_path / "c.yaml").write_text("\n".join([*lines, "data: {sources: *l11}"]))
-    assert refuses(lambda: load_config(str(tmp_path / "c.yaml"), {})) != ""
+    assert refuses(lambda: check(load_config(str(tmp_path / "c.yaml"), {}), 1)) != ""
 
 
 def test_fuzzed_configurations(tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_fuzzed_configurations(tmp_path: Path) -> None:
             path.write_bytes(altered(yaml.safe_dump(before, sort_keys=False).encode(), rng))
         else:
             path.write_text(json.dumps(doctored(before, rng)))
-        refuses(lambda: load_config(str(path), {}))
+        refuses(lambda: check(load_config(str(path), {}), 1))
 
     assert fuzz(attempt, SECONDS) > 5
 
