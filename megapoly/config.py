@@ -114,7 +114,7 @@ def build(cls: type, tree: dict[str, Any], where: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(key), list(known))}")
+            raise ConfigError(f"{where}: unknown key '{str(key)[:60]}'; {nearest(str(key)[:60], list(known))}")
         at = where + key.replace("_", "-") if where == "flag --" else f"{where}.{key}"
         values[key] = coerce(value, hints[key], at)
         choices = known[key].metadata.get("choices")
