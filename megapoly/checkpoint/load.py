@@ -189,10 +189,13 @@ class CheckpointReader:
         """Fill pieces from whatever chunks there are, with one chunk in memory beside them. Raises CheckpointError."""
         with reading(self.folder) as shards:
             for read in plan_reads(self.records, wanted):
-                stored = shards.read(read.name, self.records[read.name], read.chunk)
-                for p in read.pieces:
-                    place = _common(p, read.chunk)
-                    _part(p.tensor, p.offsets, place).copy_(_part(stored, read.chunk.offsets, place))
+                places = [_common(p, read.chunk) for p in read.pieces]
+                targets = [_part(p.tensor, p.offsets, place) for p, place in zip(read.pieces, places, strict=True)]
+                takes_all = len(targets) == 1 and targets[0].shape == read.chunk.sizes
+                stored = shards.read(read.name, self.records[read.name], read.chunk, targets[0] if takes_all else None)
+                for target, place in zip(targets, places, strict=True):
+                    if target is not stored:
+                        target.copy_(_part(stored, read.chunk.offsets, place))
 
 
 def check_same_model(

@@ -22,6 +22,7 @@ from megapoly.checkpoint.storage import Chunk, TensorRecord
 from megapoly.errors import DamageError
 
 BLOCK = 16 << 20
+AHEAD = 64 << 20  # bytes that the disk fetches while what lies before them is checked and copied
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -75,7 +76,7 @@ def _write(file: Any, content: memoryview) -> None:
 
 
 class ShardReader:
-    """Reads chunks of a checkpoint's shards, each into the same memory, as large as the largest so far."""
+    """Reads chunks of a checkpoint's shards, where they cannot go to their place into one memory as large as needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,19 +85,27 @@ class ShardReader:
         self._name = ""
         self._pool = ThreadPoolExecutor(1)
 
-    def read(self, name: str, record: TensorRecord, chunk: Chunk) -> Tensor:
-        """A chunk of tensor `name`, whole and checked; it holds until the next call. Raises DamageError."""
-        path, size = self.folder / chunk.file, record.num_bytes(chunk)
-        if len(self._memory) < size:
-            self._memory = np.empty(0, dtype=np.uint8)  # the old memory goes before the new one comes
-            self._memory = np.empty(size, dtype=np.uint8)
+    def read(self, name: str, record: TensorRecord, chunk: Chunk, into: Tensor | None = None) -> Tensor:
+        """A chunk of tensor `name`, whole and checked. Raises DamageError.
+
+        It is in `into` (of its shape) where that can take its bytes as they are, else it holds until the next call.
+        """
+        path, target = self.folder / chunk.file, into
+        if target is None or target.device.type != "cpu" or not target.is_contiguous() or target.dtype != record.dtype:
+            target = self._room(record.num_bytes(chunk)).view(record.dtype).view(chunk.sizes)
         try:
-            found = self._fill(path, chunk.begin, self._memory.data[:size])
+            found = self._fill(path, chunk.begin, _bytes_of(target))
         except OSError as error:
             raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
         if found != chunk.crc:
             raise DamageError(f"{path}: the checksum of '{name}' at {chunk.offsets} does not fit; the shard is damaged")
-        return torch.from_numpy(self._memory[:size]).view(record.dtype).view(chunk.sizes)
+        return target
+
+    def _room(self, size: int) -> Tensor:
+        if len(self._memory) < size:
+            self._memory = np.empty(0, dtype=np.uint8)  # the old memory goes before the new one comes
+            self._memory = np.empty(size, dtype=np.uint8)
+        return torch.from_numpy(self._memory[:size])
 
     def _fill(self, path: Path, begin: int, content: memoryview) -> int:
         """Read a file's bytes from `begin` on; returns their checksum."""
@@ -104,6 +113,7 @@ class ShardReader:
             self.close()
             self._file, self._name = path.open("rb", buffering=0), path.name
         self._file.seek(begin)
+        os.posix_fadvise(self._file.fileno(), begin, len(content) + AHEAD, os.POSIX_FADV_WILLNEED)
         if len(content) <= BLOCK:
             self._read_into(content)
             return zlib.crc32(content)

@@ -1,5 +1,6 @@
 """The entry point of every example: flags, checks, process group, run."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,14 @@ from megapoly.plan.memory import describe_memory
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
-from megapoly.train.setup import build_run, check_agreement, describe_pipeline, layer_split, only_writer
+from megapoly.train.setup import (
+    build_run,
+    check_agreement,
+    describe_pipeline,
+    layer_split,
+    only_writer,
+    written_folders,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +145,9 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         is_joined = True  # from here on a rank may meet what the others do not
         with ending_together(mesh, parallel.distributed_timeout_minutes):
             check_agreement(prepared, mesh)
-            with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
+            with contextlib.ExitStack() as locks:
+                for folder in written_folders(prepared.cfg):
+                    locks.enter_context(only_writer(folder, mesh.is_main))
                 train(build_run(prepared, mesh))
         leave(mesh)
 

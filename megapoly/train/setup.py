@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,15 @@ def check_agreement(prepared: Prepared, mesh: Mesh) -> None:
     raise ConfigError(f"{what}: all hosts need the same files under the same paths")
 
 
+def written_folders(cfg: Config) -> list[str]:
+    """The directories that a run writes to, each once: its own and those of its checkpoints."""
+    folders = (cfg.logging.run_dir, cfg.checkpoint.save, cfg.checkpoint.save_copy)
+    return sorted({os.path.realpath(folder) for folder in folders if folder is not None})
+
+
 @contextlib.contextmanager
 def only_writer(run_dir: str, is_main: bool) -> Iterator[None]:
-    """Hold the run's directory for this job; ConfigError where another job has it."""
+    """Hold a directory of the run for this job; ConfigError where another job has it."""
     if not is_main:
         yield
         return

@@ -155,8 +155,9 @@ def test_13b_on_256_ranks_is_saved_once_and_loads_on_every_other_layout(name: st
             with fake_run(large(other), VOCAB, RANKS, rank) as run:
                 wanted = pieces(run.buffers, training_state(run.optimizer), for_saving=False)
             reads = plan_reads(records, wanted)
-            found = sum(common(p, read.chunk) for read in reads for p in read.pieces)
-            assert found == sum(p.tensor.numel() for p in wanted), (other, rank)
+            found = [common(p, read.chunk) for read in reads for p in read.pieces]
+            assert min(found) > 0, "a chunk is read in vain"
+            assert sum(found) == sum(p.tensor.numel() for p in wanted), (other, rank)
             assert len({(read.name, read.chunk.offsets) for read in reads}) == len(reads), "a chunk is read twice"
 
 
@@ -165,16 +166,26 @@ def common(p: Any, chunk: Any) -> int:
     return math.prod(min(o + size, c + s) - max(o, c) for o, size, c, s in sides)
 
 
-def test_a_load_takes_the_memory_of_one_chunk_beside_its_shard(tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path, "gpt2", 2, hidden_size=288)
-    run_to_end(single_process_mesh(), cfg)
-    reader = CheckpointReader.open(tmp_path / "run")
-    run = tiny_run(single_process_mesh(), cfg)
-    largest = max(record.num_bytes(chunk) for record in reader.records.values() for chunk in record.chunks)
-    whole = sum(record.num_bytes(chunk) for record in reader.records.values() for chunk in record.chunks)
-    assert whole > 8 * largest
+def load_and_measure(mesh: Mesh, cfg: Config) -> tuple[int, int]:
+    """The most memory that Python and numpy (not torch) held during a load, and the bytes of the largest chunk read."""
+    reader = CheckpointReader.open(cfg.logging.run_dir)
+    run = tiny_run(mesh, cfg)
+    wanted = pieces(run.buffers, training_state(run.optimizer), for_saving=False)
+    largest = max(reader.records[read.name].num_bytes(read.chunk) for read in plan_reads(reader.records, wanted))
     tracemalloc.start()
     load_checkpoint(reader, run.optimizer)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert largest <= peak < largest + 300_000, (peak, largest)
+    return peak, largest
+
+
+def test_a_load_takes_the_memory_of_one_chunk_beside_its_shard(tmp_path: Path) -> None:
+    """On another layout; on the same one chunks go straight to their places."""
+    cfg = tiny_config(tmp_path, "gpt2", 2, hidden_size=288)
+    run_to_end(single_process_mesh(), cfg)
+    whole = sum(path.stat().st_size for path in (tmp_path / "run").rglob("shard_*"))
+    for peak, largest in run_ranks(load_and_measure, cfg, dp=2):
+        assert whole > 8 * largest
+        assert largest <= peak < largest + 500_000, (peak, largest)
+    peak, largest = load_and_measure(single_process_mesh(), cfg)
+    assert peak < 500_000 < largest

@@ -21,7 +21,8 @@ from megapoly.checkpoint.load import CheckpointReader, find_checkpoint
 from megapoly.checkpoint.report import verify
 from megapoly.checkpoint.save import Saver
 from megapoly.checkpoint.shard import write_shard
-from megapoly.errors import CheckpointError, Echo
+from megapoly.checks import check
+from megapoly.errors import CheckpointError, ConfigError, Echo
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train.loop import make_saver
@@ -320,3 +321,23 @@ def test_training_draws_from_no_generator(tmp_path: Path) -> None:
         assert torch.equal(torch.get_rng_state(), before)
         found.append(whole_state(run))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"most_recent_k": 0}, "most_recent_k \\(0\\) must be positive"),
+        ({"save_retain_interval": -5}, "save_retain_interval \\(-5\\) must be positive"),
+        (
+            {"save_retain_interval": 7, "save_interval": 2},
+            "must be a multiple of save_interval \\(2\\), such as 6 or 8",
+        ),
+        ({"save_steps": [1, 0]}, "save_steps \\(0\\) must be positive"),
+        ({"max_failed_saves": 0}, "max_failed_saves \\(0\\) must be positive"),
+        ({"save": "a/b", "save_copy": "a/../a/b"}, "save_copy \\(a/../a/b\\) is the directory of save"),
+    ],
+)
+def test_policies_that_cannot_be_meant_are_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    check(tiny_config(tmp_path, "gpt2", 4, save_interval=2, save_retain_interval=6, most_recent_k=1), 1)
+    with pytest.raises(ConfigError, match=reason):
+        check(tiny_config(tmp_path, "gpt2", 4, **options), 1)

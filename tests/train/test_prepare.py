@@ -11,7 +11,7 @@ from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, _check_writable, with_start
-from megapoly.train.setup import check_agreement, only_writer
+from megapoly.train.setup import check_agreement, only_writer, written_folders
 
 
 def train_it(mesh: Mesh, cfg: Config) -> None:
@@ -59,6 +59,12 @@ def test_one_job_writes_to_a_run(tmp_path: Path) -> None:
             pass
     with only_writer(str(tmp_path / "run"), is_main=True):
         pass
+
+
+def test_a_place_with_two_names_is_written_by_one_job(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run/checkpoints")
+    cfg = tiny_config(tmp_path, "gpt2", 2, save_copy=str(tmp_path / "link"))
+    assert written_folders(cfg) == [str(tmp_path / "run"), str(tmp_path / "run/checkpoints")]
 
 
 def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:
