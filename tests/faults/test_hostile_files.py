@@ -100,7 +100,9 @@ def test_pickles_in_a_checkpoint_are_not_looked_at(home: Path, mark: Path) -> No
     mark.unlink()
 
 
-@pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "shard_00000.safetensors/../../x", "a\0b", ".."])
+@pytest.mark.parametrize(
+    "name", ["../../../secret", "/etc/passwd", "shard_00000.safetensors/../../x", "a\0b", "..", "../outside"]
+)
 @pytest.mark.parametrize("where", ["chunk", "files"])
 def test_a_name_in_a_checkpoint_is_no_path(where: str, name: str, home: Path) -> None:
     def change(tree: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def test_a_name_in_a_checkpoint_is_no_path(where: str, name: str, home: Path) ->
             tree["files"][name] = [0, 0, 0]
         return tree
 
+    (home / "run/checkpoints/outside").touch()  # there, and of the size and checksum that are claimed
     reseal(step_folder(home), change)
     assert "metadata.json" in refuses(lambda: read_all(home))
 
