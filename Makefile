@@ -2,6 +2,7 @@
 # make curriculum-run CORPUS=folder           a curriculum on real text: killed, resumed, on other ranks, made longer
 # make test                                   all tests
 # make test-parity                            every three parallel options together, on up to 16 ranks
+# make test-faults [FLAGS="--trials 200 --json FILE"]   kills, full disks, damage to real jobs; goes on where FILE ends
 # make check                                  format, lint, types, tests
 # make selftest [FLAGS="--folder DIR"]         this host before a long run: GEMM, all-reduce, disk, clock, space, memory; RANKS=N
 # make bench [FLAGS=--quick]                  every kernel beside its peers, on this GPU -> kernels/bench/results/
@@ -27,7 +28,7 @@ BIN := .venv/bin
 HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); \
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
-.PHONY: pretrain curriculum-run test test-parity check install clean selftest
+.PHONY: pretrain curriculum-run test test-parity check install clean selftest test-faults
 .PHONY: bench bench-step bench-host bench-data bench-dedup bench-checkpoint bench-record bench-tune kernels-report
 .DELETE_ON_ERROR:
 
@@ -43,6 +44,9 @@ test: .venv/installed-test
 
 test-parity: .venv/installed-test
 	$(BIN)/python -m pytest -m sweep tests/parallel/test_sweep.py $(FLAGS)
+
+test-faults: .venv/installed-test
+	PYTHONPATH=kernels:. $(BIN)/python tests/faults/campaign.py $(FLAGS)
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

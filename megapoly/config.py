@@ -129,8 +129,9 @@ def build(cls: type, tree: dict[str, Any], where: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in known:
-            at = f"it belongs into section '{LEAVES[key]}'" if key in LEAVES else nearest(str(key), list(known))
-            raise ConfigError(f"{where}: unknown key '{key}'; {at}")
+            shown = str(key)[:60]
+            at = f"it belongs into section '{LEAVES[key]}'" if key in LEAVES else nearest(shown, list(known))
+            raise ConfigError(f"{where}: unknown key '{shown}'; {at}")
         at = where + key.replace("_", "-") if where == "flag --" else f"{where}.{key}"
         values[key] = coerce(value, hints[key], at)
         choices = known[key].metadata.get("choices")

@@ -33,6 +33,8 @@ _Yaml12Loader.add_implicit_resolver(
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > 40:  # Python does not print one of some thousand digits, as an error would
+        raise ValueError(f"a number of {len(text)} digits")
     base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
     return int(text, base)
 
@@ -61,4 +63,5 @@ def parse_yaml(text: str, origin: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}, line {mark.line + 1}" if mark else origin
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{where}: not valid YAML: {problem[:200]}") from None

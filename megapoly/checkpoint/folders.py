@@ -47,7 +47,7 @@ def read_latest(root: Path) -> Path | None:
     except OSError as error:
         raise CheckpointError(f"{pointer}: cannot be read: {error.strerror}") from None
     if not _STEP.fullmatch(name):
-        raise CheckpointError(f"{pointer}: '{name[:40]}' is no step folder's name (step_ and 8 digits)")
+        raise CheckpointError(f"{pointer}: {name[:40]!r} is no step folder's name (step_ and 8 digits)")
     return root / name
 
 

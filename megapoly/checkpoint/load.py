@@ -18,6 +18,7 @@ from megapoly.checkpoint.storage import (
     Chunk,
     Contents,
     TensorRecord,
+    check_beginning,
     read_checked,
     read_contents,
     read_json,
@@ -267,8 +268,11 @@ def load_checkpoint(checkpoint: CheckpointReader, optimizer: ShardedOptimizer, w
     """
     state = training_state(optimizer)
     wanted = pieces(optimizer.buffers, {"model": state["model"]} if weights_only else state, for_saving=False)
-    problem = ""
+    problem, world = "", optimizer.buffers.mesh.world
     try:
+        # A share of what no tensor needs but those who take the checkpoint elsewhere: headers, the tokenizer's files.
+        for name, record in list(checkpoint.contents.files.items())[world.rank :: world.size]:
+            check_beginning(checkpoint.folder, name, record)
         checkpoint.read(wanted)
     except DamageError as damage:
         problem = str(damage)

@@ -1,7 +1,6 @@
 """Looks at checkpoints on any machine, without a GPU or the model: lists, verification, contents, differences."""
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from megapoly.checkpoint.folders import find_folders, read_latest, step_folders,
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.shard import ShardReader, reading
 from megapoly.checkpoint.state import Piece
-from megapoly.checkpoint.storage import Chunk, TensorRecord, read_checked
+from megapoly.checkpoint.storage import Chunk, TensorRecord, check_beginning
 from megapoly.errors import CheckpointError, DamageError
 
 _QUIET = ("config",)  # of state.json: too long for a line
@@ -60,12 +59,7 @@ def verify(folder: Path) -> list[str]:
     problems = []
     for name, record in reader.contents.files.items():
         try:
-            if name.endswith(".safetensors"):
-                with (folder / name).open("rb") as file:
-                    if zlib.crc32(file.read(record.begin)) != record.crc:
-                        raise DamageError(f"{folder / name}: the checksum of its header does not fit; it is damaged")
-            else:
-                read_checked(folder, name, reader.contents)
+            check_beginning(folder, name, record)
         except DamageError as error:
             problems.append(str(error))
     with reading(folder) as shards:

@@ -28,6 +28,9 @@ from megapoly.errors import CheckpointError, DamageError
 FORMAT = "megapoly-checkpoint-2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MOST_CHUNKS = 1 << 15  # of a tensor: a rank writes up to three of a matrix, and comparing all takes the square
+_COMPARED = 256
+
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small file that is on the disk when it has its name: a temporary file, fsync, rename."""
@@ -109,6 +112,8 @@ def tensor_record(entry: Any) -> TensorRecord:
     Raises ValueError.
     """
     shape = _sizes(entry["shape"])
+    if len(entry["chunks"]) > MOST_CHUNKS:
+        raise ValueError(f"{len(entry['chunks'])} chunks are more than {MOST_CHUNKS}")
     chunks = []
     for offsets_entry, sizes_entry, file, begin, crc in entry["chunks"]:
         offsets, sizes, (begin, crc) = _sizes(offsets_entry), _sizes(sizes_entry), _sizes([begin, crc])
@@ -120,12 +125,21 @@ def tensor_record(entry: Any) -> TensorRecord:
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
     if covered != math.prod(shape):
         raise ValueError(f"chunks hold {covered} entries, the shape {shape} has {math.prod(shape)}")
-    begins = np.array([chunk.offsets for chunk in chunks]).reshape(len(chunks), -1)
-    ends = begins + np.array([chunk.sizes for chunk in chunks]).reshape(len(chunks), -1)
-    meets = ((begins[:, None] < ends[None]) & (begins[None] < ends[:, None])).all(-1)
-    if meets.sum() > len(chunks):  # each meets itself; as many entries as the shape, so an overlap means a hole
+    if _some_meet(chunks):  # as many entries as the shape, so an overlap means a hole
         raise ValueError("chunks overlap")
     return TensorRecord(DTYPES[entry["dtype"]], shape, tuple(chunks))
+
+
+def _some_meet(chunks: list[Chunk]) -> bool:
+    """Whether any two chunks have an entry in common; each is compared with all, some hundred at a time."""
+    begins_ND = np.array([chunk.offsets for chunk in chunks]).reshape(len(chunks), -1)
+    ends_ND = begins_ND + np.array([chunk.sizes for chunk in chunks]).reshape(len(chunks), -1)
+    is_filled_N = (begins_ND < ends_ND).all(-1)  # an empty one meets nothing, nor itself
+    met = 0
+    for first in range(0, len(chunks), _COMPARED):
+        begins, ends = begins_ND[first : first + _COMPARED, None], ends_ND[first : first + _COMPARED, None]
+        met += int(((begins < ends_ND) & (begins_ND < ends)).all(-1).sum())
+    return met > int(is_filled_N.sum())
 
 
 def _seal(tree: dict[str, Any]) -> int:
@@ -193,6 +207,19 @@ def read_checked(folder: Path, name: str, contents: Contents) -> bytes:
     if zlib.crc32(content) != record.crc:
         raise DamageError(f"{folder / name}: its checksum does not fit; the file is damaged")
     return content
+
+
+def check_beginning(folder: Path, name: str, record: FileRecord) -> None:
+    """Refuse a file whose first `begin` bytes (a shard's header, all of a small file) are not what was written."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            found = zlib.crc32(file.read(record.begin))
+    except OSError as error:
+        raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+    if found != record.crc:
+        what = "its checksum" if record.begin == record.size else "the checksum of its header"
+        raise DamageError(f"{path}: {what} does not fit; the file is damaged")
 
 
 def read_json(folder: Path, name: str, contents: Contents) -> Any:

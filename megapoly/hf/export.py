@@ -105,7 +105,7 @@ def _require_replaceable(target: Path) -> None:
     if MANIFEST in present:
         try:
             written = {MANIFEST, *json.loads((target / MANIFEST).read_text(encoding="utf-8"))["files"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{target / MANIFEST}: damaged ({error}); choose another --save") from None
     if foreign := present - written:
         raise CheckpointError(f"{target}: holds '{min(foreign)}', which no export wrote; choose another --save")

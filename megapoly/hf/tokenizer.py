@@ -80,7 +80,11 @@ def _copy_hugging_face(source: Path, folder: Path) -> tuple[tokenizers.Tokenizer
     if source.is_file():
         shutil.copyfile(source, folder / "tokenizer.json")
     beside = origin / "tokenizer_config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    try:
+        config = json.loads(beside.read_bytes()) if beside.is_file() else {}
+        json.dumps(config, ensure_ascii=False).encode()  # half a surrogate pair can be read and not be written
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{beside}: not valid JSON ({error}); copy it again") from None
     if not isinstance(config, dict):
         raise TokenizerError(f"{beside}: must hold a JSON object; copy it again")
     config.pop("auto_map", None)  # would name Python code that is not exported

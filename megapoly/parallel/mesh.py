@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megapoly.errors import ConfigError
+from megapoly.parallel.joining import join
 from megapoly.sections import Config, ParallelConfig
 
 HOST_SETTINGS = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "TORCH_NCCL_")
@@ -187,7 +188,8 @@ def init_mesh(cfg: Config) -> Mesh:
         return single_process_mesh(device)
     timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=max(timeout, timedelta(minutes=1)))  # ranks do not start at once
+    start = max(timeout, timedelta(minutes=1))  # ranks do not start at once
+    join(backend, int(os.environ["RANK"]), world_size(), start)
     mesh = make_mesh(Layout.of(cfg), device, timeout)
     for axis in mesh.axes:
         if axis.group is not None:  # NCCL wants all of a group's ranks in its first operation, which a send is not

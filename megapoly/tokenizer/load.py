@@ -55,12 +55,13 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
             self._processor.encode("probe")  # an empty file parses as a model and fails only here
-        except (RuntimeError, ValueError):
+            self.vocab_size: int = self._processor.get_piece_size()
+            self._processor.id_to_piece(list(range(self.vocab_size)))  # fails for a piece that is no UTF-8
+            pieces = {name: self._processor.piece_to_id(name) for name in (*EOD_NAMES, *BOS_NAMES)}
+            known = {name: id for name, id in pieces.items() if self._processor.id_to_piece(id) == name}
+        except (RuntimeError, ValueError, IndexError):
             other = "; it is JSON: give tokenizer_type HuggingFaceTokenizer" if proto.lstrip()[:1] == b"{" else ""
             raise TokenizerError(f"{path}: no SentencePiece model or damaged{other or '; copy it again'}") from None
-        self.vocab_size: int = self._processor.get_piece_size()
-        pieces = {name: self._processor.piece_to_id(name) for name in (*EOD_NAMES, *BOS_NAMES)}
-        known = {name: id for name, id in pieces.items() if self._processor.id_to_piece(id) == name}
         self.eod = _eod(path, self._processor.eos_id(), known)
         bos = self._processor.bos_id()
         self.bos: int | None = bos if bos >= 0 else None

@@ -201,9 +201,9 @@ def drop_rows_after(path: Path, step: int) -> None:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # the line that was being written when the run was killed
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+        except (ValueError, RecursionError):
+            continue  # the line that was being written when the run was killed, or none of ours
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] <= step:
             kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

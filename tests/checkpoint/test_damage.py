@@ -88,6 +88,17 @@ def test_no_byte_can_change_unnoticed(cfg: Config, data: st.DataObject) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("at", [3, 20])
+def test_a_changed_byte_of_a_header_is_noticed_by_a_resume(at: int, cfg: Config) -> None:
+    """Though it needs none: whoever opens the shard elsewhere does."""
+    shard = find_checkpoint(cfg.logging.run_dir) / "shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[at] ^= 16
+    shard.write_bytes(content)
+    with pytest.raises(DamageError, match=f"{shard}: the checksum of its header does not fit"):
+        load_into_new(single_process_mesh(), cfg)
+
+
 @pytest.mark.parametrize("kind", ["model", "exp_avg", "exp_avg_sq"])
 def test_a_changed_byte_of_a_tensor_is_noticed_by_whoever_reads_it(kind: str, cfg: Config) -> None:
     reader = CheckpointReader.open(cfg.logging.run_dir)

@@ -163,7 +163,7 @@ def test_the_launcher_passes_its_end_on_and_starts_again_what_was_saved(data: Pa
             cwd=tmp_path,
             stdout=log,
             stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     try:
         deadline = time.monotonic() + 200
