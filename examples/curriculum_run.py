@@ -20,6 +20,7 @@ import yaml
 from megapoly.arguments import ArgumentParser
 from megapoly.config import load_config
 from megapoly.data.curriculum import make_plan, open_sources
+from megapoly.data.realised import without_times
 from megapoly.errors import ConfigError, DataError, exit_on_error
 from megapoly.sections import CurriculumConfig, Stage
 from megapoly.yaml12 import parse_yaml
@@ -33,7 +34,6 @@ APPENDED = {  # still 60%, the languages but English and Chinese alike, at a rat
 }  # fmt: skip
 RANKS, KILLED_AFTER, SAVED_AT = 8, 130, 120  # the kill falls into the ramp, 10 steps after a checkpoint
 OTHER_RANKS, OTHER_LAYOUT = 4, ("--tensor-model-parallel-size", 1, "--pipeline-model-parallel-size", 1)
-TIMELESS = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
 
 
 def tool(name: str, *words: Any, shown: int | None = None) -> str:
@@ -91,7 +91,7 @@ def write_appended(path: Path, data: Path) -> None:
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The run's steps without what depends on the clock."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMELESS} for line in lines]
+    return [without_times(json.loads(line)) for line in lines]
 
 
 def compare(title: str, run: Path, straight: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from megapoly.errors import DataError
 FIFTH = 5  # the first and the last loss of a stage are means over this part of its steps
 MOST = 1 << 60
 Row = dict[str, Any]
+TIMES = re.compile("seconds|tokens_per_second|tflops_per_device|mfu|(probe|loading)_.*")
 KEYS = {"step": int, "samples": int, "tokens_by_source": dict, "loss_by_source": dict}
 
 
@@ -41,6 +43,11 @@ class Steps:
         """The row of each stage's first step, whose first sample is in the stage, and the number of rows."""
         borders = [stage.begin_sample for stage in plan.stages[1:]]
         return [0, *np.searchsorted(self.ends[:-1], borders).tolist(), self.num]
+
+
+def without_times(row: Row) -> Row:
+    """A row of metrics.jsonl without what the clock decides: all else is the same whenever the run is repeated."""
+    return {key: value for key, value in row.items() if not TIMES.fullmatch(key)}
 
 
 def config_of(run: str) -> str:

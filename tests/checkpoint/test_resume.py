@@ -11,6 +11,7 @@ from ranks import run_ranks
 from tiny_runs import run_to_end, tiny_config, tiny_prepared, whole_state
 
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint, load_checkpoint
+from megapoly.data.realised import without_times
 from megapoly.errors import CheckpointError
 from megapoly.generate.sample import load_model
 from megapoly.model.count import parameter_shapes
@@ -24,8 +25,7 @@ STEPS = 6
 
 def rows(cfg: Config) -> list[dict[str, Any]]:
     text = Path(cfg.logging.run_dir, "metrics.jsonl").read_text()
-    timeless = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
-    return [{k: v for k, v in json.loads(line).items() if k not in timeless} for line in text.splitlines()]
+    return [without_times(json.loads(line)) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize(

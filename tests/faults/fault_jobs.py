@@ -16,6 +16,7 @@ import torch.distributed.run
 
 from megapoly.checkpoint.folders import step_folders
 from megapoly.data.corpus import prepare_corpus
+from megapoly.data.realised import without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL, KEPT, RETAINED = 24, 4, 2, 12
@@ -25,7 +26,6 @@ FLAGS = (
     "--distributed-timeout-minutes 0.25 --global-batch-size 4 --data-root ../data --run-dir run"
 ).split()
 LAYOUTS = {"TP 2": (2, 2), "DP 2": (2, 1), "TP 2 x DP 2": (4, 2)}  # ranks, tensor-parallel size
-TIMELESS = {"seconds", "tokens_per_second", "tflops_per_device", "mfu"}
 BEGAN = re.compile(r"^(?:resuming run from run/checkpoints/step_\d+ at step (\d+)/|starting run anew)", re.M)
 PASSED_OVER = re.compile(r"^warning: run/checkpoints/step_(\d+) is damaged and was skipped", re.M)
 JOB_SECONDS = 240.0
@@ -161,7 +161,7 @@ class Ending:
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
         rows = []
         for line in (folder / "run/metrics.jsonl").read_text().splitlines():
-            rows.append({key: value for key, value in json.loads(line).items() if key not in TIMELESS})
+            rows.append(without_times(json.loads(line)))
         return Ending(files, rows, sorted(int(path.name[5:]) for path in step_folders(checkpoints)))
 
 

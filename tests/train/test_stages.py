@@ -11,6 +11,7 @@ from ranks import run_ranks
 from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.checks import check
+from megapoly.data.realised import without_times
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.count import flops_per_token
 from megapoly.optim.schedule import check_phases, learning_rate, phases_of, rate_at
@@ -41,8 +42,7 @@ def staged(folder: Path, name: str = "run", stages: list[dict[str, Any]] = STAGE
 
 def rows(cfg: Config) -> list[dict[str, Any]]:
     text = Path(cfg.logging.run_dir, "metrics.jsonl").read_text()
-    timeless = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
-    return [{k: v for k, v in json.loads(line).items() if k not in timeless} for line in text.splitlines()]
+    return [without_times(json.loads(line)) for line in text.splitlines()]
 
 
 def test_one_table_drives_data_and_optimization_and_resumes_bit_equal(tmp_path: Path) -> None:
