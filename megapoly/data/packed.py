@@ -73,7 +73,7 @@ class PackedDataset(IndexedDataset):
         if note is None:
             raise DataError(
                 f"{prefix}{PACK_NOTE}: no such file, so the pair is not packed; "
-                "write it by preprocess_data.py --pack-length, or take `packed: true` from its source"
+                "write it by preprocess_data.py --pack-length, or remove `packed: true` from its source"
             )
         if note.pack_length != length:
             raise DataError(

@@ -330,7 +330,7 @@ def test_reading_a_row_costs_a_few_reads_however_large_the_index(
     [
         (
             "no note",
-            r"p\.pack\.json: no such file, so the pair is not packed; .* --pack-length, or take `packed: true`",
+            r"p\.pack\.json: no such file, so the pair is not packed; .* --pack-length, or remove `packed: true`",
         ),
         ("half a note", r"p\.pack\.json: is damaged"),
         ("no number", r"p\.pack\.json: is damaged"),

@@ -121,11 +121,11 @@ def test_a_resumed_run_over_packed_rows_is_bit_equal(tmp_path: Path) -> None:
     )
     run_ranks(run_to_end, dataclasses.replace(again, train=dataclasses.replace(again.train, exit_interval=3)))
     plan = tiny_prepared(again).plan
-    reader, is_resume = _starting_point(again, plan, None)  # type: ignore[arg-type]
+    reader, is_resume, _ = _starting_point(again, plan, None, {})
     assert reader is not None and is_resume and _changes_since(reader, plan) == []
     fewer = dataclasses.replace(plan, sources=(dataclasses.replace(plan.sources[0], slices=9), plan.sources[1]))
     with pytest.raises(CheckpointError, match=rf"'en' was {plan.sources[0].slices} packed rows and is 9 packed rows"):
-        _starting_point(again, fewer, None)  # type: ignore[arg-type]
+        _starting_point(again, fewer, None, {})
     resumed = run_ranks(run_to_end, again)[0]
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name

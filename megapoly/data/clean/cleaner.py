@@ -45,7 +45,7 @@ class Cleaner:
             outcome.verdict = Verdict("endless markup", "mending it does not end")
             return outcome
         if not outcome.text.strip():
-            outcome.verdict = Verdict("empty", "nothing but spaces")
+            outcome.verdict = Verdict("empty", "nothing but spaces is left after mending")
             return outcome
         found = self._find_language(outcome.text, given)
         outcome.language, outcome.verdict = found.language, found.verdict

@@ -38,6 +38,7 @@ DOCUMENT = np.dtype([("hash", "<u8"), ("length", "<u4")])  # of the text without
 MERGED_RECORDS = 1 << 21  # held at once by a task of the stage `buckets`: 300 MB with what is computed from them
 TASKS_IN_RANGE = 256  # tasks of `signatures` for each range that a band's hashes are cut into
 MOST_RANGES = 64  # more would make the tables of sections longer than what they tell of
+MOST = {"ngram": 100, "bands": 256, "rows": 64}  # bands times rows values are computed of each document
 UNLIMITED = Limits(sys.maxsize, math.inf)  # what is read was written by an earlier stage
 REASONS = ("", "exact duplicate", "near duplicate")
 
@@ -58,9 +59,9 @@ class DedupSettings:
             raise ConfigError(
                 "deduplication is asked for neither exact nor near duplicates: choose one or leave it out"
             )
-        for name in ("ngram", "bands", "rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} of deduplication is {getattr(self, name)}; give 1 or more")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} of deduplication is {getattr(self, name)}; give one from 1 to {most}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed of deduplication is {self.seed}; give one from 0 to 2^64 - 1")
 

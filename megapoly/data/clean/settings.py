@@ -1,6 +1,7 @@
 """What cleaning does: thresholds for all languages and by language, read from YAML over defaults that ship with it."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,6 +15,17 @@ from megapoly.errors import ConfigError
 from megapoly.yaml12 import parse_yaml
 
 CODE = "code"
+
+
+SHARES = (
+    "max_symbols_per_word", "max_bullet_lines", "max_ellipsis_lines", "min_alphabetic_words", "max_digits",
+    "max_damaged", "min_script", "max_duplicate_lines", "max_duplicate_line_characters", "max_duplicate_paragraphs",
+    "max_duplicate_paragraph_characters",
+)  # fmt: skip
+COUNTS = (
+    "min_characters", "max_characters", "min_mean_word", "max_mean_word", "min_stop_words", "stop_words_from",
+    "max_spam", "repetition_from",
+)  # fmt: skip
 
 
 def _choice(default: str, *others: str) -> Any:
@@ -170,6 +182,12 @@ def _tree(text: str, origin: str) -> dict[str, Any]:
     return tree
 
 
+def _refuse_outside(value: float, most: float, what: str) -> None:
+    if not 0 <= value <= most:
+        limits = "must not be negative" if most == math.inf else "must lie between 0 and 1 (30 per cent is 0.3)"
+        raise ConfigError(f"{what} is {value:g}; it {limits}")
+
+
 def _check(settings: Settings, where: str) -> None:
     allowed = settings.languages.allowed
     if not allowed:
@@ -180,11 +198,21 @@ def _check(settings: Settings, where: str) -> None:
             if language not in allowed and language not in LANGUAGES:
                 raise ConfigError(f"{where}: {name}.{language} is no language of languages.allowed; "
                                   f"{nearest(language, allowed)}")  # fmt: skip
+    for key in ("sure", "least"):
+        _refuse_outside(getattr(settings.languages, key), 1, f"{where}: languages.{key}")
     for language, rules in settings.by_language.items():
+        for name in SHARES:
+            _refuse_outside(getattr(rules, name), 1, f"{where}: {name} of {language}")
+        for name in COUNTS:
+            _refuse_outside(getattr(rules, name), math.inf, f"{where}: {name} of {language}")
+        if 0 < rules.max_characters < rules.min_characters:
+            raise ConfigError(f"{where}: max_characters ({rules.max_characters}) of {language} is below its "
+                              f"min_characters ({rules.min_characters}): nothing would stay")  # fmt: skip
         for key in ("top_ngrams", "duplicate_ngrams"):
             for pair in getattr(rules, key):
                 if len(pair) != 2 or pair[0] < 2 or pair[0] != int(pair[0]):
                     raise ConfigError(f"{where}: {key} of {language} must hold pairs [n, share], not {pair}")
+                _refuse_outside(pair[1], 1, f"{where}: the share of {pair} in {key} of {language}")
     for kind, token in dataclasses.asdict(settings.personal_data).items():
         if token is not None and re.search("[0-9@]", token):
             raise ConfigError(f"{where}: personal_data.{kind} '{token}' holds a digit or @ and would be found itself")
