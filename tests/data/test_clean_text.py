@@ -193,3 +193,11 @@ def test_cleaning_twice_equals_once(text: str, language: str) -> None:
     if once.verdict is None:
         twice = clean(once.text, once.language)
         assert (twice.text, twice.language, twice.verdict) == (once.text, once.language, None)
+
+
+def test_nothing_of_a_page_s_skeleton_stays() -> None:
+    page = (
+        "<!DOCTYPE html>\n<html lang='en'>\n<head>\n<title>Shop</title><meta charset='utf-8'>\n</head>\n<body>\n<main>\n"
+        "<p>The clockmaker.</p>\n<blockquote>He was old.</blockquote>\n<dl><dt>a</dt><dd>b</dd></dl></main></body>\n</html>"
+    )
+    assert FIX(page * 2, "en", Counter()).split() == "Shop The clockmaker. He was old. a b".split() * 2

@@ -26,11 +26,14 @@ _INVISIBLE = re.compile(
 _DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 _FENCE = re.compile(r"[ \t>]{0,40}(`{3,}|~{3,})")
 _INLINE_CODE = re.compile(r"(`{1,2})[^`\n]+\1(?!`)")
-_BLOCK = "br p div li ul ol tr table tbody thead h1 h2 h3 h4 h5 h6 hr section article header footer nav center form"
+_BLOCK = (
+    "html head body title meta link main aside blockquote dl dt dd "
+    "br p div li ul ol tr table tbody thead h1 h2 h3 h4 h5 h6 hr section article header footer nav center form"
+)
 _INLINE = "span font b i u s em strong small big sub sup a img td th label input button iframe figure figcaption tt"
 _TAG = re.compile(rf"</?({'|'.join((_BLOCK + ' ' + _INLINE).split())})(?:\s[^<>]{{0,2000}})?/?>", re.IGNORECASE)
 _BLOCK_TAGS = frozenset(_BLOCK.split())
-_DROPPED = tuple((begin, end) for begin, end in (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>")))
+_DROPPED = (("<!--", "-->"), ("<!doctype", ">"), ("<script", "</script>"), ("<style", "</style>"))
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,8}\d{0,2});")
 _URL_LINE = re.compile(r"\s*(?:https?://|www\.)\S+\s*")
 _MANY_BLANK_LINES = re.compile("\n{2,}")
