@@ -15,12 +15,11 @@ and a tenth copies with one word exchanged: how many of them were found is print
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -28,12 +27,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from preprocess import Cost, Failed, measure, texts
+from preprocess import Cost, Failed, environment, measure, texts
 
 ROOT = Path(__file__).parents[2]
 NOT_RUNNABLE = 2
 STAGES = ["signatures", "buckets", "clusters", "drop"]
 PEERS = ["megapoly", "datatrove", "datatrove with str.split", "Python and rensa", "datasketch"]
+PACKAGES = ("datatrove", "rensa", "numpy", "orjson", "datasketch", "spacy", "xxhash")
 FILES = 8
 LEAST_MB = 8.0
 
@@ -140,10 +140,10 @@ def run_peer(name: str, source: str, work: str) -> None:
                 return text.split()
 
             def sent_tokenize(self, text: str) -> list[str]:
-                raise NotImplementedError
+                return text.splitlines()
 
             def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-                raise NotImplementedError
+                return [match.span() for match in re.finditer(r"\S+", text)]
 
         hashes = HashConfig(hash_fc="xxhash" if importlib.util.find_spec("xxhash") else "sha1")
         language: Any = Split() if name.endswith("str.split") else "eng_Latn"
@@ -202,20 +202,6 @@ def row(result: dict[str, Any]) -> str:
     return line
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs to know beside the figures."""
-    versions = {}
-    for name in ("datatrove", "rensa", "numpy", "orjson", "datasketch", "spacy", "xxhash"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "smoke": options.smoke, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-        "versions": versions, "load": os.getloadavg(), "corpus": bool(os.environ.get("MEGAPOLY_CORPUS")),
-    }  # fmt: skip
-
-
 def race(peer: str, source: Path, work: Path, megabytes: float) -> dict[str, Any]:
     """A peer's signatures, or why there are none."""
     told: dict[str, Any] = {"part": "signatures on one core", "peer": peer, "mb": megabytes, "note": ""}
@@ -258,7 +244,7 @@ def main() -> int:
             results.append(race(peer, folder / "part", folder, part["mb"]))
             print(row(results[-1]), flush=True)
     if options.json is not None:
-        document = environment(options) | {"text": told, "found": dropped, "results": results}
+        document = environment(options, PACKAGES) | {"text": told, "found": dropped, "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

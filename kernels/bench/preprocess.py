@@ -25,13 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 NOT_RUNNABLE = 2
+PACKAGES = ("tokenizers", "sentencepiece", "gigatoken", "megatron-core", "numpy", "pyarrow")
 LIBRARIES = ["tokenizers", "sentencepiece", "gigatoken"]
 LEAST = {"tokenizers": 0.95, "sentencepiece": 0.95, "gigatoken": 0.0}
 LEAST_MB, MOST_START_SECONDS, MOST_BYTES, FLAT = 50.0, 2.0, 1 << 30, 1.15
@@ -291,9 +292,8 @@ def row(told: dict[str, Any]) -> str:
     return f"{head}{ratios} [MB/s: {speeds}; GB: {sizes}{more}]: {verdicts}"
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs to know beside the figures."""
-    names = ["tokenizers", "sentencepiece", "gigatoken", "megatron-core", "numpy", "pyarrow"]
+def environment(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What a reader needs to know beside the figures, with the versions of these packages."""
     versions = {}
     for name in names:
         try:
@@ -325,7 +325,7 @@ def main() -> int:
     if missing:
         print(f"{Path(__file__).name}: needs {', '.join(missing)}; pip install -e '.[test]'")
         return NOT_RUNNABLE
-    head = environment(options)
+    head = environment(options, PACKAGES)
     results = []
     with tempfile.TemporaryDirectory(prefix="bench-preprocess-") as name:
         folder = Path(name)

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapoly.data.indexed import sync_directory
 from megapoly.errors import CheckpointError
 
 SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
@@ -26,15 +27,6 @@ def step_name(step: int) -> str:
 def step_of(folder: Path) -> int | None:
     """The step that a folder is named after; None for another name."""
     return int(folder.name[5:]) if _STEP.fullmatch(folder.name) else None
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_latest(root: Path) -> Path | None:
