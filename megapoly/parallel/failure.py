@@ -185,7 +185,7 @@ class _Watch:
                     seen, since = sign, time.monotonic()
                 silence, standstill = time.monotonic() - since, self.progress.standstill()
                 if silence > self.limit:
-                    self._end_hang(f"{self._name(following)} has given no sign of life for {silence:.0f} s")
+                    self._end_hang(f"{self._name(following)} gives no sign of life, for {silence:.0f} s now")
                 elif standstill > self.limit:
                     self._end_hang(f"no progress for {standstill:.0f} s in {self.progress.phase}")
                 elif self.store.check(["hang"]):

@@ -38,7 +38,7 @@ def start(how: str, data: Path, folder: Path, *flags: str) -> subprocess.Popen[b
     [
         ("kill", "5", "is gone"),
         ("raise", "5", "ended with ArithmeticError: the sum does not add up"),
-        ("stop", "0.2", "has given no sign of life for "),
+        ("stop", "0.2", "gives no sign of life"),
     ],
 )
 def test_the_others_end_in_time_and_name_the_rank_and_the_collective(
