@@ -3,7 +3,15 @@
 import dataclasses
 
 from megapoly.errors import ConfigError
-from megapoly.run_checks import at_least_zero, bounded, check_batches, check_rates, multiples, positive
+from megapoly.run_checks import (
+    at_least_zero,
+    bounded,
+    check_batches,
+    check_rates,
+    check_resilience,
+    multiples,
+    positive,
+)
 from megapoly.sections import Config, ModelConfig, ParallelConfig, PrecisionConfig, Stage, TrainConfig
 
 
@@ -306,6 +314,7 @@ def check(cfg: Config, world_size: int) -> int:
     check_model(cfg.model)
     check_training(cfg)
     check_precision(cfg.precision)
+    check_resilience(cfg.resilience)
     check_recompute(cfg.train)
     check_compile(cfg)
     dp = check_layout(cfg, world_size)

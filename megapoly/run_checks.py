@@ -3,7 +3,7 @@
 import math
 
 from megapoly.errors import ConfigError
-from megapoly.sections import ScheduleConfig, TrainConfig
+from megapoly.sections import ResilienceConfig, ScheduleConfig, TrainConfig
 
 
 def positive(**values: int | float | None) -> None:
@@ -94,3 +94,11 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
             f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "
             f"at most {last - s.lr_warmup_iters} steps of decay fit"
         )
+
+
+def check_resilience(r: ResilienceConfig) -> None:
+    """Refuse windows and numbers of steps that cannot be meant."""
+    positive(spike_threshold=r.spike_threshold)
+    at_least_zero("max_skipped_steps", r.max_skipped_steps)
+    if not 4 <= r.spike_window <= 10_000:
+        raise ConfigError(f"spike_window ({r.spike_window}) must lie between 4 and 10,000 steps")

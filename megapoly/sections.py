@@ -347,6 +347,19 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResilienceConfig:
+    """What a run does about numerical trouble."""
+
+    max_skipped_steps: int = option(10, "end the run after so many steps in a row without an update; 0: never")
+    spike_policy: str = option(
+        "warn", "on a spike: say so, or (of the gradient norm) do not take the update",
+        ("off", "warn", "skip"),
+    )  # fmt: skip
+    spike_window: int = option(128, "steps whose median and median absolute deviation say what is usual")
+    spike_threshold: float = option(10.0, "a spike is so many (robust) standard deviations above the median")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration of a run."""
 
@@ -361,6 +374,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -152,6 +152,18 @@ class CheckpointReader:
         return dict(state)
 
     @property
+    def watch(self) -> dict[str, Any]:
+        """What was usual of losses and gradient norms, and the updates not taken; nothing where it does not say."""
+        kinds = {"skipped_steps": int, "skipped_in_a_row": int, "losses": list, "norms": list}
+        state = self.state.get("watch", {name: kind() for name, kind in kinds.items()})
+        found = {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
+        if found != kinds or not all(
+            type(value) is float and math.isfinite(value) for value in (*state["losses"], *state["norms"])
+        ):
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'watch' is no state that can be")
+        return dict(state)
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer that was saved with it: a file (SentencePiece), or the folder that has its tokenizer.json."""
         if (self.folder / "tokenizer.model").is_file():

@@ -48,6 +48,7 @@ def train(run: Run) -> None:
         load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
         if prepared.takes_full_state:
             run.loss_scaler.restore(prepared.checkpoint.loss_scaler)
+            run.watch.restore(prepared.checkpoint.watch)
             run.optimizer.num_steps = prepared.checkpoint.optimizer_steps
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:

@@ -107,6 +107,10 @@ class Metrics:
         ]
         seconds = (time.perf_counter() - self._clock) / len(values)
         self._rows = [self._row(*value, seconds) for value in values]
+        self.run.watch.settle()
+        for row in self._rows:
+            if (note := self.run.watch.notes.pop(row["step"], None)) is not None:
+                row["trouble"] = note
         if self.run.cfg.precision.fp16:
             for row, (_, s) in zip(self._rows, self._pending, strict=True):
                 row |= {"loss_scale": s.loss_scale, "skipped_steps": s.skipped_steps}

@@ -34,6 +34,7 @@ from megapoly.parallel.tensor import Placement
 from megapoly.parallel.timeline import Costs, simulate
 from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
+from megapoly.train.trouble import Watch
 
 
 def check_agreement(prepared: Prepared, mesh: Mesh) -> None:
@@ -84,6 +85,7 @@ class Run:
     buffers: FlatBuffers
     optimizer: ShardedOptimizer
     loss_scaler: LossScaler
+    watch: Watch
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
@@ -111,6 +113,7 @@ class Run:
             "vocab_size": self.prepared.vocab_size,
             "dtype": self.cfg.precision.parameters,
             "loss_scaler": self.loss_scaler.state(),
+            "watch": self.watch.state(),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
             "source_tokens": [source.tokens for source in self.prepared.plan.sources],
             "data": self.prepared.data_hashes,
@@ -198,15 +201,17 @@ def build_run(prepared: Prepared, mesh: Mesh) -> Run:
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     documents = documents_of(prepared)
     assert cfg.data.block_length is not None
+    console = Console(mesh.is_main)
     return Run(
         prepared=prepared,
         mesh=mesh,
-        console=Console(mesh.is_main),
+        console=console,
         chunks=chunks,
         head=head,
         buffers=buffers,
         optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         loss_scaler=LossScaler.of(cfg.precision),
+        watch=Watch(cfg, prepared.vocab_size, buffers, console),
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents, prepared.infilling),
         valid_loader=ValidLoader(prepared.valid_streams, m.seq_length, deal, cfg.train.eval_iters, documents),

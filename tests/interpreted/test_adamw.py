@@ -76,6 +76,17 @@ def test_three_steps_follow_the_formula_and_leave_the_rest_alone(copy: torch.dty
         assert got is None or old is None or torch.equal(got[~is_trained], old[~is_trained])
 
 
+def test_a_scale_of_nan_changes_nothing() -> None:
+    flat = [*state(), random(LENGTH, seed=4, dtype=torch.bfloat16)]
+    before = [x.clone() for x in flat]
+    scale = torch.tensor(torch.nan, dtype=torch.float64)
+    adamw_(
+        flat[0], random(LENGTH, seed=5), flat[1], flat[2], 7, RangeTable.build(RANGES, CPU), **OPTIONS,
+        params=flat[3], backend="triton", scale=scale,
+    )  # fmt: skip
+    assert all(map(torch.equal, flat, before))
+
+
 @pytest.mark.parametrize("step", [1, 1000])
 def test_agrees_with_torch(step: int) -> None:
     master, exp_avg, exp_avg_sq = state()
