@@ -98,7 +98,8 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
 
 def check_resilience(r: ResilienceConfig) -> None:
     """Refuse windows and numbers of steps that cannot be meant."""
-    positive(spike_threshold=r.spike_threshold)
-    at_least_zero("max_skipped_steps", r.max_skipped_steps)
+    positive(spike_threshold=r.spike_threshold, rollback_batches=r.rollback_batches)
+    for name in ("max_skipped_steps", "rollback_steps", "max_rollbacks"):
+        at_least_zero(name, getattr(r, name))
     if not 4 <= r.spike_window <= 10_000:
         raise ConfigError(f"spike_window ({r.spike_window}) must lie between 4 and 10,000 steps")

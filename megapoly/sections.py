@@ -352,11 +352,14 @@ class ResilienceConfig:
 
     max_skipped_steps: int = option(10, "end the run after so many steps in a row without an update; 0: never")
     spike_policy: str = option(
-        "warn", "on a spike: say so, or (of the gradient norm) do not take the update",
-        ("off", "warn", "skip"),
+        "warn", "on a spike: say so; do not take the update (gradient norm); go back and leave out the data around it",
+        ("off", "warn", "skip", "rollback"),
     )  # fmt: skip
     spike_window: int = option(128, "steps whose median and median absolute deviation say what is usual")
     spike_threshold: float = option(10.0, "a spike is so many (robust) standard deviations above the median")
+    rollback_steps: int = option(100, "rollback: go back at least so many steps before the spike, where that is saved")
+    rollback_batches: int = option(200, "rollback: batches around the spike that are left out")
+    max_rollbacks: int = option(3, "rollback: end the run at the spike after so many")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,17 @@ class CheckpointReader:
         return steps
 
     @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of samples that its data plan leaves out, ends excluded."""
+        ranges = self.state.get("left_out", [])
+        is_sound = isinstance(ranges, list) and all(
+            isinstance(r, list) and len(r) == 2 and all(type(n) is int for n in r) and 0 <= r[0] < r[1] for r in ranges
+        )
+        if not is_sound:
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'left_out' is no list of ranges of samples")
+        return tuple((begin, end) for begin, end in ranges)
+
+    @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary, without padding."""
         return int(self.state["vocab_size"])

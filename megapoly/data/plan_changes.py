@@ -34,6 +34,13 @@ def plan_changes(old: Plan, new: Plan) -> list[PlanChange]:
         if was != now
     ]
     changes += _source_changes(old, new)
+    for ranges, others, verb in ((new.left_out, old.left_out, "are"), (old.left_out, new.left_out, "were")):
+        gone = "" if ranges is new.left_out else " and are not"
+        changes += [
+            PlanChange(begin, f"samples {begin:,} to {end:,} {verb} left out{gone}")
+            for begin, end in ranges
+            if (begin, end) not in others
+        ]
     for before, after in zip_longest(old.stages, new.stages):
         changes += [replace(change, of_stage=True) for change in _stage_changes(old, new, before, after)]
     return sorted(changes, key=lambda change: change.since)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.load import load_checkpoint
+from megapoly.checkpoint.rollbacks import forget_rollbacks
 from megapoly.checkpoint.save import save_checkpoint
 from megapoly.data.plan_report import describe, summary
 from megapoly.log import duration
@@ -11,6 +12,7 @@ from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.mesh import describe_host
 from megapoly.parallel.replicas import check_replicas
 from megapoly.train.metrics import Metrics, progress_line, say_validation
+from megapoly.train.rollback import roll_back
 from megapoly.train.setup import Run, describe_pipeline
 from megapoly.train.step import evaluate, train_step
 
@@ -40,16 +42,12 @@ class Due:
         return Due(compares, saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
 
 
-def train(run: Run) -> None:
-    """Train from the run's starting point to its end, or to exit_interval."""
+def train(run: Run) -> Run | None:
+    """Train from the run's starting point to its end, or to exit_interval; the run to go on with after a rollback."""
     cfg, prepared, console = run.cfg, run.prepared, run.console
     introduce(run)
-    if prepared.checkpoint is not None:
-        load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
-        if prepared.takes_full_state:
-            run.loss_scaler.restore(prepared.checkpoint.loss_scaler)
-            run.watch.restore(prepared.checkpoint.watch)
-            run.optimizer.num_steps = prepared.checkpoint.optimizer_steps
+    begin_record(run)
+    load_start(run)
     metrics = Metrics(run)
     if run.valid_loader.num_batches and prepared.start_step == 0:
         say_validation(console, metrics.validation(evaluate(run).tolist()))
@@ -57,8 +55,16 @@ def train(run: Run) -> None:
     reported = prepared.start_step
     metrics.start_clock()
     for step in range(prepared.start_step + 1, prepared.num_steps + 1):
+        if prepared.leaves_out(step):
+            metrics.leave_out(step)
+            continue
         metrics.add(step, train_step(run, step))
         due = Due.after(run, step)
+        if due.report:
+            run.watch.settle()  # before this step could be saved
+        if run.watch.spike is not None and (back := roll_back(run, run.watch.spike)) is not None:
+            metrics.close()
+            return back
         if due.compare:
             check_replicas(run.buffers, step)
         if due.report:
@@ -84,6 +90,27 @@ def train(run: Run) -> None:
             )
             break
     metrics.close()
+    return None
+
+
+def load_start(run: Run) -> None:
+    """Load what the run starts from."""
+    prepared = run.prepared
+    if prepared.checkpoint is not None:
+        load_checkpoint(prepared.checkpoint.folder, run.optimizer, weights_only=not prepared.takes_full_state)
+        if prepared.takes_full_state:
+            run.loss_scaler.restore(prepared.checkpoint.loss_scaler)
+            run.watch.restore(prepared.checkpoint.watch)
+            run.optimizer.num_steps = prepared.checkpoint.optimizer_steps
+
+
+def begin_record(run: Run) -> None:
+    """A run that begins anew has not been rolled back; one that goes on says what it leaves out."""
+    cfg, plan = run.cfg.checkpoint, run.prepared.plan
+    if not run.prepared.is_resume and run.mesh.is_main and cfg.save is not None:
+        forget_rollbacks(Path(cfg.save))
+    for begin, end in plan.left_out:
+        run.console.say(f"samples {begin:,} to {end:,} are left out (of {run.prepared.num_samples:,}) after a spike")
 
 
 def introduce(run: Run) -> None:

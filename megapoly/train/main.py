@@ -20,6 +20,7 @@ from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.failure import ending_together
 from megapoly.parallel.mesh import (
     Layout,
+    Mesh,
     check_devices,
     die_with_launcher,
     init_mesh,
@@ -30,9 +31,10 @@ from megapoly.parallel.mesh import (
 )
 from megapoly.plan.memory import describe_memory
 from megapoly.sections import Config
-from megapoly.train.loop import train
+from megapoly.train.loop import load_start, train
 from megapoly.train.prepare import Prepared, prepare
-from megapoly.train.setup import build_run, check_agreement, describe_pipeline, layer_split, only_writer
+from megapoly.train.replay import prepared_before, replay
+from megapoly.train.setup import Run, build_run, check_agreement, describe_pipeline, layer_split, only_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Invocation:
     name: str
     flags: dict[str, Any]
     is_dry_run: bool
+    replayed: int | None = None
 
     def config(self) -> Config:
         """The configuration; it looks for held-out files, so that it is read anew once the data is there."""
@@ -49,29 +52,34 @@ class Invocation:
 
 
 def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
-    """Read `[--config NAME_OR_YAML] [--dry-run] [--flag value ..]`; ConfigError for anything else."""
+    """Read `[--config NAME_OR_YAML] [--dry-run | --replay STEP] [--flag value ..]`; ConfigError for anything else."""
     flags, rest = parse_flags(argv)
-    name, is_dry_run = None, False
+    name, is_dry_run, replayed = None, False, None
     while rest:
         word = rest.pop(0)
         if word == "--config" or word.startswith("--config="):
             name = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
             if not name:
                 raise ConfigError(f"flag --config needs a value: a YAML file or one of {', '.join(preset_names())}")
+        elif word == "--replay" or word.startswith("--replay="):
+            text = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
+            if not text.isdecimal():
+                raise ConfigError(f"flag --replay needs a step, not '{text}'")
+            replayed = int(text)
         elif word == "--dry-run":
             is_dry_run = True
         elif word in ("-h", "--help"):
             if local_rank() == 0:
-                print(help_text("usage: [--config NAME_OR_YAML] [--dry-run] [--flag value ..]"))
+                print(help_text("usage: [--config NAME_OR_YAML] [--dry-run | --replay STEP] [--flag value ..]"))
             sys.exit(0)
         else:
-            refuse_unknown([word], known=["config", "dry_run"])
+            refuse_unknown([word], known=["config", "dry_run", "replay"])
     if name is None:
         is_on_gpu = torch.cuda.is_available() and flags.get("distributed_backend") != "gloo"
         name = gpu_preset if is_on_gpu else cpu_preset
         if local_rank() == 0:
             print(f"no --config given: {name} ({'on CUDA' if is_on_gpu else 'on the CPU'})", flush=True)
-    return Invocation(name, flags, is_dry_run)
+    return Invocation(name, flags, is_dry_run, replayed)
 
 
 def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
@@ -100,6 +108,20 @@ def dry_run(prepared: Prepared, world: int) -> None:
     print(describe(prepared.plan))
 
 
+def run_on(prepared: Prepared, mesh: Mesh) -> None:
+    """Train to the end, back from spikes and on again."""
+    with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
+        run: Run | None = build_run(prepared, mesh)
+        while run is not None:
+            run = train(run)
+
+
+def run_again(run: Run, step: int) -> None:
+    """Replay one step."""
+    load_start(run)
+    replay(run, step)
+
+
 def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; `gpu_preset` and `cpu_preset` stand in for a missing --config."""
     is_joined = False
@@ -124,7 +146,9 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
             if local_rank() == 0:
                 dry_run(prepared, world)
             return
-        if prepared.start_step >= prepared.num_steps:
+        if asked.replayed is not None:
+            prepared = prepared_before(prepared, asked.replayed)
+        elif prepared.start_step >= prepared.num_steps:
             if local_rank() == 0:
                 whose = prepared.cfg.logging.run_dir if prepared.is_resume else prepared.cfg.checkpoint.load
                 print(
@@ -137,8 +161,10 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         is_joined = True  # from here on a rank may meet what the others do not
         with ending_together(mesh, parallel.distributed_timeout_minutes):
             check_agreement(prepared, mesh)
-            with only_writer(prepared.cfg.logging.run_dir, mesh.is_main):
-                train(build_run(prepared, mesh))
+            if asked.replayed is not None:
+                run_again(build_run(prepared, mesh), asked.replayed)
+            else:
+                run_on(prepared, mesh)
         leave(mesh)
 
     exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()

@@ -6,14 +6,16 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.load import CheckpointReader, check_same_model
+from megapoly.checkpoint.rollbacks import read_rollbacks
 from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
-from megapoly.data.curriculum import Plan, make_plan, open_sources
+from megapoly.data.curriculum import Plan, make_plan, open_sources, united
 from megapoly.data.indexed import TokenStream
 from megapoly.data.infilling import Infilling, make_infilling
 from megapoly.data.plan_changes import PlanChange, plan_changes
@@ -92,7 +94,12 @@ class Prepared:
     def reset_steps(self) -> frozenset[int]:
         """Steps before which the optimizer begins anew."""
         stages = zip(self.plan.stages, self.first_steps, strict=True)
-        return frozenset(first for stage, first in stages if stage.settings.get("reset_optimizer"))
+        firsts = [first for stage, first in stages if stage.settings.get("reset_optimizer")]
+        return frozenset(next(step for step in itertools.count(first) if not self.leaves_out(step)) for first in firsts)
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether nothing of a step's batch is trained on; not of one before start_step."""
+        return step > self.start_step and self.plan.leaves_out(self.samples_after(step - 1), self.samples_after(step))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""
@@ -178,8 +185,18 @@ def _hash_of_ends(paths: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[CheckpointReader | None, bool]:
-    """The checkpoint to start from and whether it is this run's own; refuses one whose past this plan would change."""
+def with_left_out(plan: Plan, reader: CheckpointReader, is_resume: bool) -> Plan:
+    """The plan without what a checkpoint's leaves out, and what its run has rolled back from since."""
+    rollbacks = read_rollbacks(reader.folder.parent) if is_resume else []
+    ranges = [*reader.left_out, *((rollback.begin, rollback.end) for rollback in rollbacks)]
+    return dataclasses.replace(plan, left_out=united(ranges))
+
+
+def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[CheckpointReader | None, bool, Plan]:
+    """The checkpoint to start from, whether it is this run's own, and the plan with what was left out on the way there.
+
+    Refuses a checkpoint whose past this plan would change.
+    """
     assert cfg.checkpoint.save is not None
     is_resume = (Path(cfg.checkpoint.save) / "latest").exists()
     if not is_resume and cfg.checkpoint.load is None:
@@ -188,7 +205,7 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                 f"{cfg.checkpoint.save}: has step folders but no `latest`; write the name of the one to go on from "
                 "into it, or take another --run-dir"
             )
-        return None, False
+        return None, False, plan
     reader = CheckpointReader.open(cfg.checkpoint.save if is_resume else str(cfg.checkpoint.load))
     if is_resume or not cfg.checkpoint.finetune:
         if "exp_avg.final_norm.weight" not in reader.records:
@@ -199,6 +216,7 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                 f"{reader.folder}: holds the state of optimizer {was}, not of {now}; "
                 f"go on with --optimizer {was}, or --load it with --finetune in another --run-dir"
             )
+        plan = with_left_out(plan, reader, is_resume)
         _check_past(reader, cfg, plan)
         theirs = reader.state.get("data")
         for name, mine in hashes_of_data(cfg, tokenizer).items():
@@ -214,7 +232,7 @@ def _starting_point(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> tuple[Chec
                 f"{reader.folder}: its {reader.samples} samples came in batches of {were} (global_batch_size, "
                 f"rampup_batch_size), not of {are}; a run keeps the batches of its past"
             )
-    return reader, is_resume
+    return reader, is_resume, plan
 
 
 def _old_plan(reader: CheckpointReader) -> Plan | None:
@@ -223,7 +241,7 @@ def _old_plan(reader: CheckpointReader) -> Plan | None:
     if tokens is None or len(tokens) != len(reader.config.data.sources):
         return None
     try:
-        return make_plan(reader.config, tokens)
+        return dataclasses.replace(make_plan(reader.config, tokens), left_out=reader.left_out)
     except MegapolyError as error:
         raise CheckpointError(f"{reader.folder / 'state.json'}: its data plan cannot be read: {error}") from None
 
@@ -277,12 +295,17 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
             stream.check_vocab(vocab_size)
     plan = make_plan(cfg, [stream.num_tokens for stream in streams])
     num_samples = run_length(cfg, plan)
-    checkpoint, is_resume = _starting_point(cfg, plan, tokenizer)
+    checkpoint, is_resume, plan = _starting_point(cfg, plan, tokenizer)
     if checkpoint is not None:
         check_same_model(checkpoint, cfg.model, vocab_size, parameter_shapes(cfg.model, vocab_size))
     infilling = make_infilling(cfg.data, tokenizer, cfg.train.seed)
     prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, checkpoint, is_resume, infilling)
     check_phases(prepared.phases)
+    if prepared.num_steps > prepared.start_step and prepared.leaves_out(prepared.num_steps):
+        raise ConfigError(
+            f"the run would end in samples that a rollback leaves out ({prepared.plan.left_out}): "
+            "make it longer or shorter (train_samples, train_iters, tokens of the stages)"
+        )
     if checkpoint is not None and prepared.takes_full_state:
         prepared = dataclasses.replace(prepared, changes=tuple(_changes_since(checkpoint, plan)))
     return prepared

@@ -115,6 +115,7 @@ class Run:
             "loss_scaler": self.loss_scaler.state(),
             "watch": self.watch.state(),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
+            "left_out": self.prepared.plan.left_out,
             "source_tokens": [source.tokens for source in self.prepared.plan.sources],
             "data": self.prepared.data_hashes,
             "layout": {name: getattr(self.mesh, name).size for name in ("tp", "cp", "pp", "dp")},

@@ -107,6 +107,7 @@ class Watch:
         self.losses, self.norms = Past(self.cfg), Past(self.cfg)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.notes: dict[int, str] = {}
+        self.spike: Spike | None = None  # the first that asks for a rollback
         self._judged: _Judged | None = None
 
     def judge(self, step: int, by_source: Tensor, grad_norm: Tensor, owned_grad: Tensor, scaler: LossScaler) -> Tensor:
@@ -148,6 +149,8 @@ class Watch:
         self.skipped_in_a_row = 0
         if spikes and self.cfg.spike_policy != "off":
             self._note(judged.step, "; ".join(map(str, spikes)))
+            if self.cfg.spike_policy == "rollback" and self.spike is None:
+                self.spike = spikes[0]
 
     def _skip(self, step: int, why: str) -> None:
         self.skipped_steps += 1
@@ -160,7 +163,7 @@ class Watch:
             raise Echo(why)
         raise TroubleError(
             f"step {step}: {why}; no update was taken for {most} steps in a row (max_skipped_steps): "
-            "lower lr, raise precision (fp32_residual_connection), or start from an earlier checkpoint"
+            "lower lr, raise precision (fp32_residual_connection), or look at the step with --replay"
         )
 
     def _note(self, step: int, what: str) -> None:
@@ -179,7 +182,7 @@ class Watch:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; what was judged since is forgotten."""
-        self._judged = None
+        self._judged, self.spike = None, None
         self.notes.clear()
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         for past, values in ((self.losses, state["losses"]), (self.norms, state["norms"])):

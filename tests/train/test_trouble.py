@@ -249,6 +249,7 @@ def test_a_resumed_run_remembers_what_was_usual(tmp_path: Path) -> None:
     [
         ({"spike_threshold": 0.0}, r"spike_threshold \(0.0\) must be positive"),
         ({"spike_window": 3}, r"spike_window \(3\)"),
+        ({"rollback_batches": 0}, r"rollback_batches \(0\)"),
         ({"max_skipped_steps": -1}, r"max_skipped_steps \(-1\)"),
     ],
 )
