@@ -212,7 +212,7 @@ def test_a_plan_changed_for_what_is_to_come_goes_on_and_is_said(
 
 def going_on(cfg: Config) -> Prepared:
     prepared = tiny_prepared(cfg)
-    checkpoint, is_resume = _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
+    checkpoint, is_resume, _ = _starting_point(cfg, prepared.plan, None)  # type: ignore[arg-type]
     assert checkpoint is not None and is_resume
     changes = tuple(_changes_since(checkpoint, prepared.plan))
     return dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=True, changes=changes)
