@@ -15,6 +15,7 @@ from megapoly.errors import ConfigError
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import load_start, train
+from megapoly.train.main import parse
 from megapoly.train.prepare import Prepared, with_left_out
 from megapoly.train.replay import Probe, compared, prepared_before, replay
 from megapoly.train.setup import build_run
@@ -39,6 +40,15 @@ def replay_it(mesh: Mesh, cfg: Config, step: int) -> None:
     run = build_run(prepared_before(resumed(cfg), step), mesh)
     load_start(run)
     replay(run, step)
+
+
+@pytest.mark.parametrize("words", [["--replay", "7"], ["--replay=7"]])
+def test_the_flag_takes_a_step(words: list[str]) -> None:
+    asked = parse(["--config", "tiny", *words, "--lr", "1e-4"], "tiny", "tiny")
+    assert (asked.replayed, asked.flags) == (7, {"lr": 1e-4})
+    for bad in (["--replay"], ["--replay", "-1"], ["--replay=x"]):
+        with pytest.raises(ConfigError, match="flag --replay needs a step"):
+            parse(["--config", "tiny", *bad], "tiny", "tiny")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

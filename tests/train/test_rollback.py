@@ -191,3 +191,17 @@ def test_a_batch_that_is_left_out_in_part_trains_on_the_rest(tmp_path: Path) -> 
     for batch, full in zip(part, whole, strict=True):
         if batch.mask.any():
             assert (batch.tokens == full.tokens).all() and (batch.labels == full.labels).all()
+
+
+def test_a_stage_whose_first_step_is_left_out_begins_anew_with_the_next(tmp_path: Path) -> None:
+    """Its optimizer is reset where the stage is first trained on; without a gap that is its first step."""
+    half = STEPS // 2 * 8 * 16
+    stages = [
+        {"name": "one", "tokens": half, "non_english_share": 0.3},
+        {"name": "two", "tokens": half, "non_english_share": 0.6, "reset_optimizer": True},
+    ]
+    prepared = tiny_prepared(config(tmp_path, "run", stages=stages))
+    assert prepared.reset_steps == {9}
+    gap = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, left_out=((56, 80), (84, 88))))
+    assert [step for step in range(1, STEPS + 1) if gap.leaves_out(step)] == [8, 9, 10]
+    assert gap.reset_steps == {11}
