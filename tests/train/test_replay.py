@@ -151,6 +151,9 @@ def test_a_step_that_was_rolled_back_is_replayed_with_its_data(tmp_path: Path) -
         before = prepared_before(prepared, step)
         assert before.start_step == start and not before.leaves_out(step)
     assert prepared_before(prepared, 6).plan.left_out == ((48, 60),)
+    # Of another rollback, whose gap begins before the checkpoint of step 6: that has seen other samples.
+    further = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, left_out=((24, 32),)))
+    assert prepared_before(further, 7).start_step == 3 and prepared_before(further, 4).plan.left_out == ()
     for step in (0, STEPS + 1):
         with pytest.raises(ConfigError, match=r"must be a step of the run, from 1 to 8"):
             prepared_before(prepared, step)

@@ -106,12 +106,30 @@ def test_a_resume_after_a_rollback_leaves_out_the_same_on_any_layout(stop: int, 
     else:
         run_ranks(go, config(tmp_path, "parts", exit_interval=stop), (9,))
     assert CheckpointReader.open(tmp_path / "parts").step == (6 if stop == 7 else 11)
+    saved = {folder.name for folder in (tmp_path / "parts/checkpoints").glob("step_*")}
+    if stop == 7:
+        assert saved == {"step_00000003", "step_00000006"}  # not step 9, where the spike was
     resumed = run_ranks(go, config(tmp_path, "parts"), ())[0]
     assert resumed["left_out"] == expected["left_out"] == [(48, 80)]
     for name, tensor in expected["state"].items():
         assert torch.equal(resumed["state"][name], tensor), name
     assert rows(config(tmp_path, "parts")) == rows(config(tmp_path, "straight"))
     assert CheckpointReader.open(tmp_path / "parts").left_out == ((48, 80),)
+
+
+def test_a_kill_right_after_going_back_far_resumes_from_there(tmp_path: Path) -> None:
+    """Back to step 3 though there is a checkpoint of step 6: from then on the run's newest is that of step 3."""
+    expected = run_ranks(go, config(tmp_path, "straight", rollback_steps=4), (9,))[0]
+    with (
+        patch("megapoly.train.loop.introduce", side_effect=[None, KeyboardInterrupt]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run_ranks(go, config(tmp_path, "parts", rollback_steps=4), (9,))
+    assert CheckpointReader.open(tmp_path / "parts").step == 3
+    resumed = run_ranks(go, config(tmp_path, "parts", rollback_steps=4), ())[0]
+    assert resumed["left_out"] == expected["left_out"] == [(48, 80)]
+    for name, tensor in expected["state"].items():
+        assert torch.equal(resumed["state"][name], tensor), name
 
 
 def refused(mesh: Mesh, cfg: Config, spikes: tuple[int, ...]) -> str:
