@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,19 +15,22 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_prepared, whole_state
 
+from megapoly.checkpoint.folders import step_folders
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.rollbacks import NAME, Rollback, read_rollbacks
+from megapoly.checkpoint.save import Saver
 from megapoly.data.curriculum import united
 from megapoly.data.plan_changes import plan_changes
 from megapoly.errors import CheckpointError, Echo, TroubleError
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
-from megapoly.train.prepare import with_left_out
+from megapoly.train.prepare import with_left_out, with_start
 from megapoly.train.setup import Run, build_run
 from megapoly.train.step import train_step
 
 STEPS = 16
+write_shard = Saver._write_shard
 
 
 def config(folder: Path, name: str, **options: Any) -> Config:
@@ -129,6 +133,80 @@ def test_a_kill_right_after_going_back_far_resumes_from_there(tmp_path: Path) ->
         assert torch.equal(resumed["state"][name], tensor), name
 
 
+def slowly(self: Saver, job: Any, mine: Any) -> None:
+    time.sleep(0.5)
+    write_shard(self, job, mine)
+
+
+def test_a_save_under_way_does_not_outrun_a_rollback(tmp_path: Path) -> None:
+    """The checkpoint of step 6 is still being written when the spike of step 7 takes the run back to step 3."""
+    cfg = config(tmp_path, "run")
+    with (
+        patch.object(Saver, "_write_shard", slowly),
+        patch("megapoly.train.loop.introduce", side_effect=[None, KeyboardInterrupt]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run_ranks(go, cfg, (7,))
+    root = tmp_path / "run/checkpoints"
+    assert CheckpointReader.open(root).step == 3 and [folder.name for folder in step_folders(root)] == ["step_00000003"]
+
+
+def test_both_directories_go_back_and_a_later_start_takes_nothing_that_was_given_up(tmp_path: Path) -> None:
+    """Back from step 9 to 3 without steps 5 to 12: the checkpoint of step 6 has seen some of them and is none of the run."""
+    cfg = config(tmp_path, "run", rollback_steps=4, rollback_batches=8, save_copy=str(tmp_path / "copy"))
+    expected = run_ranks(go, cfg, (9,))[0]
+    roots = [tmp_path / "run/checkpoints", tmp_path / "copy"]
+    for root in roots:
+        assert [int(folder.name[5:]) for folder in step_folders(root)] == [16, 15, 3]
+        assert [rollback.to for rollback in read_rollbacks(root)] == [3]
+        for step in (15, 16):
+            (root / f"step_{step:08d}/metadata.json").unlink()
+    started = with_start(tiny_prepared(cfg), {})
+    assert started.start_step == 3 and list(started.plan.left_out) == expected["left_out"] == [(32, 96)]
+    resumed = run_ranks(resume, cfg)[0]
+    for name, tensor in expected["state"].items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def resume(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
+    run = build_run(with_start(tiny_prepared(cfg), {}), mesh)
+    assert train(run)
+    return whole_state(run)
+
+
+def stop_in(mesh: Mesh, cfg: Config, spike: int, after: int) -> list[Any]:
+    """Asked to stop while that step goes on for the first time: whether it was, and the steps that were trained."""
+    run, trained = build_run(tiny_prepared(cfg), mesh), []
+    finish = run.buffers.finish
+
+    def stepping(run: Run, step: int) -> Any:
+        if step == after and step not in trained:
+            run.progress.stop_alone("a test")
+        trained.append(step)
+        return train_step(run, step)
+
+    run.buffers.finish = lambda: finish().mul_(1000.0 if trained[-1] == spike else 1.0)
+    with patch("megapoly.train.loop.train_step", stepping):
+        return [not train(run), trained]
+
+
+@pytest.mark.parametrize(
+    ("after", "last", "step"),
+    [(9, 9, 6), (11, 11, 11)],  # in the step that spikes; in the first that is trained after those left out
+)
+def test_a_stop_holds_across_a_rollback(after: int, last: int, step: int, tmp_path: Path) -> None:
+    """Without another step before it where the run goes back, though the step it would stop after comes again."""
+    cfg = config(tmp_path, "run")
+    is_stopped, trained = run_ranks(stop_in, cfg, 9, after)[0]
+    assert is_stopped and trained[-1] == last and trained[:9] == list(range(1, 10))
+    assert CheckpointReader.open(tmp_path / "run").step == step
+    expected = run_ranks(go, config(tmp_path, "straight"), (9,))[0]
+    resumed = run_ranks(resume, cfg)[0]
+    for name, tensor in expected["state"].items():
+        assert torch.equal(resumed[name], tensor), name
+    assert rows(cfg) == rows(config(tmp_path, "straight"))
+
+
 def refused(mesh: Mesh, cfg: Config, spikes: tuple[int, ...]) -> str:
     try:
         go(mesh, cfg, spikes)
@@ -194,6 +272,12 @@ def test_what_is_left_out_is_part_of_the_plan_from_there_on(tmp_path: Path) -> N
     assert gap.fingerprint(80) == longer.fingerprint(80) != longer.fingerprint(81)
     assert [(c.since, str(c)) for c in plan_changes(plan, gap)] == [(48, "samples 48 to 80 are left out")]
     assert [(c.since, str(c)) for c in plan_changes(gap, plan)] == [(48, "samples 48 to 80 were left out and are not")]
+    more = dataclasses.replace(plan, left_out=((40, 60), (70, 90)))
+    assert [str(c) for c in plan_changes(gap, more)] == [
+        "samples 40 to 48 are left out",
+        "samples 60 to 70 were left out and are not",
+        "samples 80 to 90 are left out",
+    ]
 
 
 def test_a_batch_that_is_left_out_in_part_trains_on_the_rest(tmp_path: Path) -> None:
