@@ -33,7 +33,7 @@ APPENDED = {  # still 60%, the languages but English and Chinese alike, at a rat
 }  # fmt: skip
 RANKS, KILLED_AFTER, SAVED_AT = 8, 130, 120  # the kill falls into the ramp, 10 steps after a checkpoint
 OTHER_RANKS, OTHER_LAYOUT = 4, ("--tensor-model-parallel-size", 1, "--pipeline-model-parallel-size", 1)
-TIMELESS = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
+TIMED = ("seconds", "tokens_per_second", "tflops", "mfu", "probe", "loading")  # how these names begin
 
 
 def tool(name: str, *words: Any, shown: int | None = None) -> str:
@@ -91,7 +91,7 @@ def write_appended(path: Path, data: Path) -> None:
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The run's steps without what depends on the clock."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMELESS} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(TIMED)} for line in lines]
 
 
 def compare(title: str, run: Path, straight: list[dict[str, Any]]) -> None:
