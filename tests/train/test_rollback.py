@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ def test_a_save_under_way_does_not_outrun_a_rollback(tmp_path: Path) -> None:
         pytest.raises(KeyboardInterrupt),
     ):
         run_ranks(go, cfg, (7,))
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
     root = tmp_path / "run/checkpoints"
     assert CheckpointReader.open(root).step == 3 and [folder.name for folder in step_folders(root)] == ["step_00000003"]
 
