@@ -71,7 +71,7 @@ def report_losses(metrics: Path) -> None:
     for stage in dict.fromkeys(row["stage"] for row in rows):
         parts = []
         for name, key in (("English", "loss_english"), ("other", "loss_non_english")):
-            losses = [row[key] for row in rows if row["stage"] == stage and row[key] is not None]
+            losses = [row[key] for row in rows if row["stage"] == stage and row.get(key) is not None]
             if losses:
                 first, last = losses[:5], losses[-10:]
                 parts.append(f"{name} {sum(first) / len(first):.2f} -> {sum(last) / len(last):.2f}")

@@ -9,6 +9,7 @@ from megapoly.run_checks import (
     check_batches,
     check_checkpoints,
     check_rates,
+    check_resilience,
     multiples,
     positive,
 )
@@ -317,6 +318,7 @@ def check(cfg: Config, world_size: int) -> int:
     check_model(cfg.model)
     check_training(cfg)
     check_precision(cfg.precision)
+    check_resilience(cfg.resilience)
     check_recompute(cfg.train)
     check_compile(cfg)
     dp = check_layout(cfg, world_size)

@@ -40,6 +40,10 @@ class ReplicaError(MegapolyError):
     """Weights that should be equal on several ranks and are not."""
 
 
+class TroubleError(MegapolyError):
+    """Numbers of a run that are beyond what it can go on with."""
+
+
 class Echo(MegapolyError):
     """What another rank has found as well and says; this one ends silently."""
 

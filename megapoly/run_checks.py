@@ -4,7 +4,7 @@ import math
 import os
 
 from megapoly.errors import ConfigError
-from megapoly.sections import CheckpointConfig, ScheduleConfig, TrainConfig
+from megapoly.sections import CheckpointConfig, ResilienceConfig, ScheduleConfig, TrainConfig
 
 
 def positive(**values: int | float | None) -> None:
@@ -113,3 +113,12 @@ def check_checkpoints(c: CheckpointConfig, save_interval: int) -> None:
         )
     if c.finetune and c.load is None:
         raise ConfigError("finetune needs load: the checkpoint whose weights to take")
+
+
+def check_resilience(r: ResilienceConfig) -> None:
+    """Refuse windows and numbers of steps that cannot be meant."""
+    positive(spike_threshold=r.spike_threshold, rollback_batches=r.rollback_batches)
+    for name in ("max_skipped_steps", "rollback_steps", "max_rollbacks"):
+        at_least_zero(name, getattr(r, name))
+    if not 4 <= r.spike_window <= 10_000:
+        raise ConfigError(f"spike_window ({r.spike_window}) must lie between 4 and 10,000 steps")

@@ -360,6 +360,22 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResilienceConfig:
+    """What a run does about numerical trouble."""
+
+    max_skipped_steps: int = option(10, "end the run after so many steps in a row without an update; 0: never")
+    spike_policy: str = option(
+        "warn", "on a spike: say so; do not take the update (gradient norm); go back and leave out the data around it",
+        ("off", "warn", "skip", "rollback"),
+    )  # fmt: skip
+    spike_window: int = option(128, "steps whose median and median absolute deviation say what is usual")
+    spike_threshold: float = option(10.0, "a spike is so many (robust) standard deviations above the median")
+    rollback_steps: int = option(100, "rollback: go back at least so many steps before the spike, where that is saved")
+    rollback_batches: int = option(200, "rollback: batches around the spike that are left out")
+    max_rollbacks: int = option(3, "rollback: end the run at the spike after so many")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration of a run."""
 
@@ -374,6 +390,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

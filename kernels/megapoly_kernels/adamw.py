@@ -124,19 +124,20 @@ def _adamw_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
     first = tl.load(block_N + number).to(tl.int64) * BLOCK
-    if high - low == BLOCK:
-        for part in range(0, BLOCK, PART):
-            _update(
-                first + part + tl.arange(0, PART), None, master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E,
-                scale, keep, lerp1, beta2, lerp2, step_size, root_bias2, eps,
-            )  # fmt: skip
-    else:
-        for part in range(0, BLOCK, PART):
-            lane = part + tl.arange(0, PART)
-            _update(
-                first + lane, (lane >= low) & (lane < high), master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E,
-                scale, keep, lerp1, beta2, lerp2, step_size, root_bias2, eps,
-            )  # fmt: skip
+    if scale == scale:
+        if high - low == BLOCK:
+            for part in range(0, BLOCK, PART):
+                _update(
+                    first + part + tl.arange(0, PART), None, master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E,
+                    scale, keep, lerp1, beta2, lerp2, step_size, root_bias2, eps,
+                )  # fmt: skip
+        else:
+            for part in range(0, BLOCK, PART):
+                lane = part + tl.arange(0, PART)
+                _update(
+                    first + lane, (lane >= low) & (lane < high), master_E, grad_E, exp_avg_E, exp_avg_sq_E, params_E,
+                    scale, keep, lerp1, beta2, lerp2, step_size, root_bias2, eps,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -214,15 +215,17 @@ def adamw_reference_(
     lr: float, beta1: float, beta2: float, eps: float, scale: Tensor | None = None, params: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The operation by torch's own fused AdamW, range by range; the scale is multiplied into `grad`."""
+    found_nan = None
     if scale is not None:
         grad.mul_(scale)
+        found_nan = scale.isnan().float()
     for begin, end, weight_decay, lr_scale in ranges.ranges:
         if begin == end:
             continue
         adamw(
             [master[begin:end]], [grad[begin:end]], [exp_avg[begin:end]], [exp_avg_sq[begin:end]], [],
             [torch.full((), float(step - 1), device=master.device)], fused=True, amsgrad=False, maximize=False,
-            lr=lr * lr_scale, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            lr=lr * lr_scale, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, found_inf=found_nan,
         )  # fmt: skip
         if params is not None:
             params[begin:end].copy_(master[begin:end])
@@ -237,7 +240,8 @@ def adamw_(
 
     master, grad and both moments are flat, contiguous, fp32 and of equal length; `step` counts from 1 (bias
     correction); decay and a factor of lr come from the ranges. `scale`, a scalar on the device, multiplies the
-    gradients first and is never waited for. `params`, of any floating type, receives the updated master weights.
+    gradients first and is never waited for; where it is NaN, nothing is updated. `params`, of any floating type,
+    receives the updated master weights.
     `grad` may be left scaled.
     `backend`: triton or torch (default: triton on a GPU, torch on a CPU). Source: arXiv 1711.05101, Algorithm 2.
     """

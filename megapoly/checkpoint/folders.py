@@ -12,11 +12,17 @@ from pathlib import Path
 
 from megapoly.data.indexed import sync_directory
 from megapoly.errors import CheckpointError
+from megapoly.sections import CheckpointConfig
 
 SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
 _STEP = re.compile(r"step_[0-9]{8,}")
 _LEFTOVER = re.compile(r"\.step_[0-9]{8,}\.[0-9a-f]+\.(tmp|old)")
 LATEST = "latest"
+
+
+def roots_of(cfg: CheckpointConfig) -> list[Path]:
+    """The directories that a run saves into: its own and the second one, where it is configured."""
+    return [Path(root) for root in (cfg.save, cfg.save_copy) if root is not None]
 
 
 def step_name(step: int) -> str:
@@ -95,6 +101,12 @@ def publish(temporary: Path, token: str) -> Path:
         remove(final, token)
     temporary.rename(final)
     sync_directory(root)
+    _point(root, name, token)
+    return final
+
+
+def _point(root: Path, name: str, token: str) -> None:
+    """Make `latest` name a folder."""
     pointer = root / f".{name}.{token}.tmp"
     with pointer.open("w", encoding="utf-8") as file:
         file.write(name + "\n")
@@ -102,7 +114,6 @@ def publish(temporary: Path, token: str) -> Path:
         os.fsync(file.fileno())
     pointer.replace(root / LATEST)
     sync_directory(root)
-    return final
 
 
 def remove(folder: Path, token: str) -> None:
@@ -112,6 +123,24 @@ def remove(folder: Path, token: str) -> None:
     folder.rename(old)
     sync_directory(folder.parent)
     shutil.rmtree(old)
+
+
+def go_back(root: Path, step: int, token: str) -> list[Path]:
+    """Point `latest` at the newest checkpoint up to a step, and delete those after it; returns these.
+
+    Theirs is a future that was given up: one of them would be taken for a part of the run once it has come further.
+    """
+    folders = step_folders(root)
+    kept = next((folder for folder in folders if int(folder.name[5:]) <= step), None)
+    if kept is not None:
+        _point(root, kept.name, token)
+    elif (root / LATEST).exists():
+        (root / LATEST).unlink()
+        sync_directory(root)
+    gone = [folder for folder in folders if int(folder.name[5:]) > step]
+    for folder in gone:
+        remove(folder, token)
+    return gone
 
 
 def prune(root: Path, retention: Retention, spared: Path | None, token: str) -> list[Path]:

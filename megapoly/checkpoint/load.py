@@ -140,6 +140,17 @@ class CheckpointReader:
         return steps
 
     @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of samples that its data plan leaves out, ends excluded."""
+        ranges = self.state.get("left_out", [])
+        is_sound = isinstance(ranges, list) and all(
+            isinstance(r, list) and len(r) == 2 and all(type(n) is int for n in r) and 0 <= r[0] < r[1] for r in ranges
+        )
+        if not is_sound:
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'left_out' is no list of ranges of samples")
+        return tuple((begin, end) for begin, end in ranges)
+
+    @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary, without padding."""
         return int(self.state["vocab_size"])
@@ -158,6 +169,18 @@ class CheckpointReader:
         is_sound = found in ({"skipped_steps": int}, {"skipped_steps": int} | rule)
         if not is_sound or not 0 < state.get("scale", 1.0) < math.inf or not 0 <= state["skipped_steps"] <= self.step:
             raise CheckpointError(f"{self.folder / 'state.json'}: entry 'loss_scaler' is no state that can be")
+        return dict(state)
+
+    @property
+    def watch(self) -> dict[str, Any]:
+        """What was usual of losses and gradient norms, and the updates not taken; nothing where it does not say."""
+        kinds = {"skipped_steps": int, "skipped_in_a_row": int, "losses": list, "norms": list}
+        state = self.state.get("watch", {name: kind() for name, kind in kinds.items()})
+        found = {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
+        if found != kinds or not all(
+            type(value) is float and math.isfinite(value) for value in (*state["losses"], *state["norms"])
+        ):
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'watch' is no state that can be")
         return dict(state)
 
     @property

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint.folders import Retention, prune, publish, step_name, sweep
+from megapoly.checkpoint.folders import Retention, prune, publish, roots_of, step_name, sweep
 from megapoly.checkpoint.shard import write_shard
 from megapoly.checkpoint.state import Piece, pieces, training_state
 from megapoly.checkpoint.storage import FORMAT, file_entry, sealed, tensor_record, write_durably
@@ -97,7 +97,7 @@ class Saver:
         assert cfg.save is not None
         self.cfg, self.tokenizer, self.start = cfg, tokenizer, start
         self.mesh: Mesh = optimizer.buffers.mesh
-        self.roots = [Path(root) for root in (cfg.save, cfg.save_copy) if root is not None]
+        self.roots = roots_of(cfg)
         self.retention = Retention(cfg.most_recent_k, cfg.save_retain_interval, frozenset(cfg.save_steps))
         self.pieces = pieces(optimizer.buffers, training_state(optimizer), for_saving=True)
         self.copy = HostCopy(self.pieces, self.mesh.device) if cfg.async_save else None

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -76,6 +76,7 @@ class Plan:
     stages: tuple[PlanStage, ...]
     block_length: int
     seed: int
+    left_out: tuple[tuple[int, int], ...] = ()  # samples that are not trained on: ranges in order, ends excluded
 
     @property
     def num_samples(self) -> int:
@@ -86,6 +87,10 @@ class Plan:
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} lies outside the plan's {self.num_samples} samples")
         return bisect_right([stage.end_sample for stage in self.stages], sample)
+
+    def leaves_out(self, begin: int, end: int) -> bool:
+        """Whether samples begin to end, begin < end, are left out, every one of them."""
+        return any(first <= begin and end <= last for first, last in self.left_out)
 
     def sequences(self, stage: int) -> int:
         """Sequences that a sample makes in a stage."""
@@ -163,8 +168,20 @@ class Plan:
             (i, source.name, source.tokens, *([source.slices] if source.packed else []))
             for i, source in ((i, self.sources[i]) for i in used)
         ]
-        decisive = json.dumps([self.seed, self.block_length, sources, stages])
+        left_out = [(first, min(last, end)) for first, last in self.left_out if first < end]
+        decisive = json.dumps([self.seed, self.block_length, sources, stages, *([left_out] if left_out else [])])
         return hashlib.blake2b(decisive.encode(), digest_size=16).hexdigest()
+
+
+def united(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges of samples in order, those that touch or overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return tuple(joined)
 
 
 # ------------------------------------------------------------------------------------------------ making a plan

@@ -67,6 +67,8 @@ class TrainLoader:
     def batch(self, first: int, end: int) -> list[Batch]:
         """Micro-batches of samples first to end (at most a global batch); places without a sample are masked.
 
+        So are those whose sample the plan leaves out.
+
         A sample's sequences, in a stage that has several in a block, come one after the other.
         """
         stage = self.plan.stage_at(first)
@@ -85,7 +87,7 @@ class TrainLoader:
             taken = [permute(place, size, first) for place in deal.positions(microbatch)]
             pieces: list[NDArray[np.int64]] = []
             for i in taken:
-                if i >= given:
+                if i >= given or self.plan.leaves_out(first + i // per_sample, first + i // per_sample + 1):
                     pieces.append(np.empty(0, dtype=np.int64))
                     continue
                 piece = self.streams[sources[i]].read(offsets[i] * length, (offsets[i] + 1) * length + 1)

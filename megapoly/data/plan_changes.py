@@ -1,5 +1,6 @@
 """What differs between two data plans, and from which sample on: a changed plan may change what is to come alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import zip_longest
@@ -34,9 +35,24 @@ def plan_changes(old: Plan, new: Plan) -> list[PlanChange]:
         if was != now
     ]
     changes += _source_changes(old, new)
+    for ranges, others, text in (
+        (new.left_out, old.left_out, "are left out"),
+        (old.left_out, new.left_out, "were left out and are not"),
+    ):
+        gaps = _only_in(ranges, others)
+        changes += [PlanChange(begin, f"samples {begin:,} to {end:,} {text}") for begin, end in gaps]
     for before, after in zip_longest(old.stages, new.stages):
         changes += [replace(change, of_stage=True) for change in _stage_changes(old, new, before, after)]
     return sorted(changes, key=lambda change: change.since)
+
+
+def _only_in(ranges: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of some ranges is in no other, as ranges."""
+    left = list(ranges)
+    for begin, end in others:
+        parts = [part for first, last in left for part in ((first, min(last, begin)), (max(first, end), last))]
+        left = [(first, last) for first, last in parts if first < last]
+    return left
 
 
 def _first_read(plan: Plan, source: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megapoly.data.curriculum import Plan
 from megapoly.data.plan_picture import SAMPLES_OF_WINDOW, Window, colour_of, short, stack_order, windows
-from megapoly.data.realised import Steps, by_language, losses_by_language
+from megapoly.data.realised import Steps, by_language, losses_by_language, planned_shares
 from megapoly.errors import ConfigError
 
 WINDOWS = 400
@@ -178,6 +178,6 @@ def _of_stage(plan: Plan, number: int, steps: Steps | None) -> tuple[dict[str, f
         first, last = steps.of_stages(plan)[number : number + 2]
         counts = by_language(plan, steps.tokens_RS[first:last].sum(0).tolist())
         if first < last:
-            planned = plan.planned_shares(*steps.ends[[first, last]].tolist())
+            planned = planned_shares(plan, steps, first, last)
     total = sum(counts.values()) or 1
     return by_language(plan, planned), {x: count / total for x, count in counts.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megapoly.data.curriculum import Plan
+from megapoly.data.curriculum import Plan, united
 from megapoly.data.plan_report import aligned
 from megapoly.data.sources import language_of
 from megapoly.errors import DataError
@@ -28,12 +28,14 @@ class Steps:
     """R steps of a run over the S sources of its plan, the first of which is step number `first`.
 
     `ends` are the samples before the first step and after each, R + 1 numbers; a loss is NaN where there is none.
+    Nothing was read in a step that a rollback left out.
     """
 
     first: int
     ends: npt.NDArray[np.int64]
     tokens_RS: npt.NDArray[np.int64]
     losses_RS: npt.NDArray[np.float64]
+    is_read_R: npt.NDArray[np.bool_]
 
     @property
     def num(self) -> int:
@@ -74,6 +76,7 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
     column = {source.name: i for i, source in enumerate(plan.sources)}
     tokens_RS = np.zeros((len(lines), len(column)), np.int64)
     losses_RS = np.full(tokens_RS.shape, np.nan)
+    is_read_R = np.ones(len(lines), np.bool_)
     first, ends = 1, [0]
     for number, line in enumerate(lines):
         where = f"{path}, line {number + 1}"
@@ -83,6 +86,7 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
         if row["step"] != first + number or not ends[-1] < row["samples"] <= plan.num_samples:
             raise DataError(f"{where}: step {row['step']} to sample {row['samples']} does not follow")
         ends.append(row["samples"])
+        is_read_R[number] = row.get("left_out") is not True
         for cells, key in ((tokens_RS, "tokens_by_source"), (losses_RS, "loss_by_source")):
             for name, value in row[key].items():
                 if name not in column:
@@ -90,17 +94,19 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
                 cells[number, column[name]] = value
     if first > 1:  # it went on from a checkpoint elsewhere
         ends[0] = ends[1] - -(-int(tokens_RS[0].sum()) // plan.block_length)
-        if _is_packed(plan) and len(lines) > 1:  # how many samples these tokens came from cannot be told
-            return Steps(first + 1, np.array(ends[1:]), tokens_RS[1:], losses_RS[1:])
-    return Steps(first, np.array(ends), tokens_RS, losses_RS)
+        if (_is_packed(plan) or not is_read_R[0]) and len(lines) > 1:  # of how many samples these are cannot be told
+            return Steps(first + 1, np.array(ends[1:]), tokens_RS[1:], losses_RS[1:], is_read_R[1:])
+    return Steps(first, np.array(ends), tokens_RS, losses_RS, is_read_R)
 
 
 def _row(line: str, where: str) -> Row:
-    """A row with all of KEYS and numbers in them; a loss that was not finite is NaN."""
+    """A row with all of KEYS and numbers in them; a loss that was not finite is NaN, one left out none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
+    if isinstance(row, dict) and row.get("left_out") is True:
+        row |= {"tokens_by_source": {}, "loss_by_source": {}}
     if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in KEYS.items()):
         raise DataError(f"{where}: no step of a run; a resume of the run drops torn lines")
     row["loss_by_source"] = {name: math.nan if x is None else x for name, x in row["loss_by_source"].items()}
@@ -117,21 +123,24 @@ def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> d
     A step counts in the stage of its first sample, its plan is that of its own samples. `off_by_samples` is what was
     read beyond the plan; `steps_off_the_plan` are those whose tokens of some source are not those of the sampler's
     samples, None where that cannot be told: masked labels are not counted, and rows of packed text differ in theirs.
+    What a rollback left out is in no number but `left_out_samples` and `steps_left_out`.
     """
     borders, reports = steps.of_stages(plan), []
     for stage, first, last in zip(plan.stages, borders, borders[1:], strict=False):
         if first == last:
             continue
-        begin, end = steps.ends[[first, last]].tolist()
-        planned, read = plan.planned_shares(begin, end), steps.tokens_RS[first:last].sum(0).tolist()
+        of_steps_R = np.diff(steps.ends[first : last + 1])
+        samples = int(of_steps_R[steps.is_read_R[first:last]].sum())
+        planned, read = planned_shares(plan, steps, first, last), steps.tokens_RS[first:last].sum(0).tolist()
         reports.append(
             {
                 "stage": stage.name,
-                "samples": end - begin,
-                "steps": last - first,
+                "samples": samples,
+                "steps": int(steps.is_read_R[first:last].sum()),
+                "left_out_samples": int(of_steps_R.sum()) - samples,
                 "planned_non_english_share": plan.non_english_share(planned),
                 "non_english_share": plan.non_english_share(read),
-                "languages": _language_rows(plan, steps, first, last, planned),
+                "languages": _language_rows(plan, steps, first, last, planned, samples),
             }
         )
     return {
@@ -139,9 +148,22 @@ def share_report(plan: Plan, steps: Steps, has_masked_labels: bool = False) -> d
         "steps": steps.num,
         "samples": int(steps.ends[-1]),
         "of_samples": plan.num_samples,
+        "steps_left_out": (steps.first + np.flatnonzero(~steps.is_read_R)).tolist(),
         "steps_off_the_plan": None if has_masked_labels or _is_packed(plan) else _steps_off(plan, steps),
         "stages": reports,
     }
+
+
+def planned_shares(plan: Plan, steps: Steps, first: int, last: int) -> list[float]:
+    """The share of each source that the samples which steps first to last have read should have; zeros for none."""
+    own_R = zip(steps.ends[first:last].tolist(), steps.ends[first + 1 : last + 1].tolist(), strict=True)
+    spans = united(span for span, is_read in zip(own_R, steps.is_read_R[first:last], strict=True) if is_read)
+    total = sum(end - begin for begin, end in spans)
+    sums = [0.0] * len(plan.sources)
+    for begin, end in spans:
+        shares = plan.planned_shares(begin, end)
+        sums = [sum_ + share * ((end - begin) / total) for sum_, share in zip(sums, shares, strict=True)]
+    return sums
 
 
 def _is_packed(plan: Plan) -> bool:
@@ -150,22 +172,18 @@ def _is_packed(plan: Plan) -> bool:
 
 def _steps_off(plan: Plan, steps: Steps) -> list[int]:
     counts = np.array([plan.sampler().counts(end) for end in steps.ends.tolist()])
-    is_off = (np.diff(counts, axis=0) * plan.block_length != steps.tokens_RS).any(axis=1)
+    is_off = (np.diff(counts, axis=0) * plan.block_length != steps.tokens_RS).any(axis=1) & steps.is_read_R
     return (steps.first + np.flatnonzero(is_off)).tolist()
 
 
 def _language_rows(
-    plan: Plan, steps: Steps, first: int, last: int, planned: Sequence[float]
-) -> list[dict[str, Any]]:  # fmt: skip
+    plan: Plan, steps: Steps, first: int, last: int, planned: Sequence[float], samples: int
+) -> list[dict[str, Any]]:
     share, tokens = by_language(plan, planned), by_language(plan, steps.tokens_RS[first:last].sum(0).tolist())
-    total, samples, part = (
-        max(sum(tokens.values()), 1),
-        int(steps.ends[last] - steps.ends[first]),
-        -(-(last - first) // FIFTH),
-    )
-    at_first, at_last = (
-        losses_by_language(plan, steps, *ends) for ends in ((first, first + part), (last - part, last))
-    )
+    total = max(sum(tokens.values()), 1)
+    read = [first + int(row) for row in np.flatnonzero(steps.is_read_R[first:last])] or [first]
+    part = -(-len(read) // FIFTH)
+    at_first, at_last = (losses_by_language(plan, steps, rows[0], rows[-1] + 1) for rows in (read[:part], read[-part:]))
     return [
         {
             "language": language,
@@ -210,13 +228,16 @@ def describe_shares(report: dict[str, Any]) -> str:
     since = f" from step {report['first_step']:,} on" if report["first_step"] > 1 else ""
     size = f"{report['steps']:,} steps{since}, to sample {report['samples']:,} of {report['of_samples']:,}"
     lines = [f"{size}; {_exactness(report)}"]
+    if gone := report["steps_left_out"]:
+        lines.append(f"{len(gone):,} of them, from step {gone[0]:,} to {gone[-1]:,}, were left out after a spike")
     for stage in report["stages"]:
         table = [["language", "planned", "realised", "off by samples", "tokens", "first loss", "last loss"]]
         for row in stage["languages"]:
             losses = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("first_loss", "last_loss")]
             shares = [f"{row['planned_share']:.3%}", f"{row['share']:.3%}", f"{row['off_by_samples']:+.2f}"]
             table.append([row["language"], *shares, f"{row['tokens']:,}", *losses])
-        lines += ["", f"{stage['stage']}: {stage['samples']:,} samples in {stage['steps']:,} steps"]
+        gap = f", {stage['left_out_samples']:,} more left out" if stage["left_out_samples"] else ""
+        lines += ["", f"{stage['stage']}: {stage['samples']:,} samples in {stage['steps']:,} steps{gap}"]
         lines += [f"  {line}" for line in aligned(table, words=1)]
         planned, real = stage["planned_non_english_share"], stage["non_english_share"]
         lines.append(f"  non-English {real:.3%}, planned {planned:.3%}")

@@ -56,6 +56,11 @@ class LossScaler:
         """Whether the scale moves."""
         return self.cfg.fp16 and self.cfg.loss_scale is None
 
+    @property
+    def expects_overflow(self) -> bool:
+        """Whether gradients that are not finite are the rule's own way to find the scale: it can still fall."""
+        return self.is_dynamic and self.scale > self.cfg.min_loss_scale
+
     def state(self) -> dict[str, int | float]:
         """What a checkpoint keeps of it: the steps skipped, and the place in the rule where there is one."""
         rule = {"scale": self.scale, "good_steps": self.good_steps, "overflows_left": self.overflows_left}

@@ -92,6 +92,11 @@ def deal(costs: Sequence[int], hands: int) -> list[int]:
     return taken
 
 
+def _unless_nan(scale: Tensor, value: float, instead: float) -> Tensor:
+    """A value, or another where `scale` is NaN, as a scalar on the device."""
+    return torch.where(scale.isnan(), instead, value)
+
+
 class Muon:
     """Momentum of this rank's shard of the blocks' matrices, and their updates.
 
@@ -111,14 +116,19 @@ class Muon:
 
     @torch.no_grad()
     def directions_(self, momentum: Portion, owned_grad: Tensor, scale: Tensor | None) -> None:
-        """Turn the matrices' entries of the gradient's shard, times `scale`, into those of their updates."""
+        """Turn the matrices' entries of the gradient's shard, times `scale`, into those of their updates.
+
+        Momenta stay as they are where `scale` is NaN; what the directions are then is not defined.
+        """
         grads = [owned_grad[slice(*s.owned)] for s in self.held]
         momenta = [momentum.of(s) for s in self.held]
         beta = self.rules.optimizer.muon_momentum
         if grads:
             if scale is not None:
                 torch._foreach_mul_(grads, scale.float())
-            torch._foreach_mul_(momenta, beta)
+                for grad in grads:
+                    grad.masked_fill_(scale.isnan(), 0.0)
+            torch._foreach_mul_(momenta, beta if scale is None else _unless_nan(scale, beta, 1.0))
             torch._foreach_add_(momenta, grads)
             torch._foreach_add_(grads, momenta, alpha=beta)
         is_whole = self.buffers.mesh.shards.size == 1
@@ -162,11 +172,14 @@ class Muon:
                     owned_grad[begin:end].copy_(part[begin - bucket.owned.start : end - bucket.owned.start])
 
     @torch.no_grad()
-    def update_(self, bucket: Bucket, master: Tensor, directions: Tensor, lr: float) -> None:
-        """Decay the matrices' master weights of a bucket and step against their directions."""
+    def update_(self, bucket: Bucket, master: Tensor, directions: Tensor, lr: float, scale: Tensor | None) -> None:
+        """Decay the matrices' master weights of a bucket and step against their directions; not where scale is NaN."""
         for segment in self.held:
             if segment.bucket is bucket:
                 name, shape = segment.name, segment.shard.shape
                 rate, weights = lr * self.rules.lr_scale(name, shape), master[slice(*segment.owned)]
-                weights.mul_(1.0 - rate * self.rules.weight_decay(name, shape))
-                weights.add_(directions[slice(*segment.owned)], alpha=-rate)
+                keep, direction = 1.0 - rate * self.rules.weight_decay(name, shape), directions[slice(*segment.owned)]
+                if scale is not None:
+                    direction.masked_fill_(scale.isnan(), 0.0)
+                weights.mul_(keep if scale is None else _unless_nan(scale, keep, 1.0))
+                weights.add_(direction, alpha=-rate)

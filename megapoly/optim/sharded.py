@@ -4,11 +4,13 @@ AdamW updates everything, or with Muon what is no matrix of a block.
 """
 
 import itertools
+import math
 
 import torch
 from megapoly_kernels import Range, RangeTable, adamw_, merged
 from torch import Tensor
 
+from megapoly.optim.arrears import Arrears
 from megapoly.optim.clip import GlobalNorm
 from megapoly.optim.groups import Rules
 from megapoly.optim.muon import Muon
@@ -57,7 +59,20 @@ class ShardedOptimizer:
         self.momentum = Portion([span for span in spans if span.uses_muon], device)
         self.muon = Muon(buffers, rules)
         self.global_norm = GlobalNorm(buffers, backend)
-        self.num_steps = 0
+        self._num_steps = 0
+        self._last_scale: Arrears | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Updates that were made; on a GPU the host waits here for the last step's verdict."""
+        if self._last_scale is not None:
+            self._num_steps -= math.isnan(self._last_scale.read()[0])
+            self._last_scale = None
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, number: int) -> None:
+        self._num_steps, self._last_scale = number, None
 
     def reset(self) -> None:
         """Begin anew: moments and momentum are zero, the next step is the first; master weights stay."""
@@ -69,17 +84,20 @@ class ShardedOptimizer:
     def step(self, owned_grad: Tensor, lr: float, scale: Tensor | None = None) -> None:
         """One update from this rank's shard of the summed gradients, times `scale` (a scalar on the device).
 
+        Where `scale` is NaN, on every rank alike, there is none: weights, moments and num_steps stay. The host learns
+        that a step later, when it has given the device the next step's passes to do.
         Bucket by bucket, those that the next forward pass needs first come first; while one is updated, the parameters
         of those before it are gathered. What owned_grad holds then is not defined.
         """
         self.num_steps += 1
+        self._last_scale = None if scale is None else Arrears(scale)
         self.buffers.wait_params()
         self.muon.directions_(self.momentum, owned_grad, scale)
         for bucket in reversed(self.buffers.buckets):
             for span, ranges in zip(self.adamw_spans, self.ranges, strict=True):
                 if span.bucket is bucket:
                     self._adamw(span, ranges, owned_grad, lr, scale)
-            self.muon.update_(bucket, self.master, owned_grad, lr)
+            self.muon.update_(bucket, self.master, owned_grad, lr, scale)
             if self.has_own_master and bucket in self.muon.buckets:
                 self.buffers.params[bucket.part].copy_(self.master[bucket.owned])
             self.buffers.start_gather(bucket)
@@ -87,7 +105,7 @@ class ShardedOptimizer:
     def _adamw(self, span: Span, ranges: RangeTable, owned_grad: Tensor, lr: float, scale: Tensor | None) -> None:
         own, o = slice(span.begin, span.end), self.rules.optimizer
         adamw_(
-            self.master[own], owned_grad[own], self.exp_avg.of(span), self.exp_avg_sq.of(span), self.num_steps, ranges,
+            self.master[own], owned_grad[own], self.exp_avg.of(span), self.exp_avg_sq.of(span), self._num_steps, ranges,
             lr=lr, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps, scale=scale,
             params=self.buffers.params[span.params] if self.has_own_master else None, backend=self.backend,
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 To stop together costs a step nothing: no collective, no wait for the device. Each rank commits to a step before it
 begins it. Asked to stop, a rank commits to no further one and tells what it has committed to; the highest of all is the
-last step. Whoever has committed to less goes on to it, so that nobody waits for a rank that has stopped.
+last step. Whoever has committed to less goes on to it, so that nobody waits for a rank that has stopped. What
+counts is how many steps this job has begun, which only grows: a step's number does not where the run goes back.
 """
 
 import threading
@@ -41,12 +42,15 @@ class Progress:
         """Whether the run ends after this step; if not, this rank is committed to the next one."""
         with self._lock:
             if not self._is_frozen:
-                self._committed = step + 1
+                self._committed += 1
                 return False
         self.enter(f"wait for all ranks to name their step, after step {step}", is_bounded=False)
         self._settled.wait()
         assert self._last is not None
-        return step >= self._last
+        if self._committed >= self._last:
+            return True
+        self._committed += 1
+        return False
 
     def freeze(self) -> int:
         """Commit to no further step until the last one is settled; returns that committed to."""

@@ -20,6 +20,7 @@ from megapoly.plan.seat import WORD, Held, Seat
 FUSED_LOSS_TOKENS = 2048  # tokens whose logits exist at a time
 OVERLAP_CHUNKS = 4  # parts of a product under tp_comm_overlap
 BF16, FP32, FP64 = 2, 4, 8  # bytes
+VERDICT = 3  # numbers that say whether a step is taken: loss, gradient norm, first parameter that is not finite
 
 
 class Calls(NamedTuple):
@@ -250,7 +251,7 @@ def muon_traffic(seat: Seat) -> Traffic:
 
 
 def scalar_traffic(seat: Seat, num_sources: int) -> Traffic:
-    """The number of tokens (fp32), two global norms (fp64), and losses and tokens of each source (fp64)."""
+    """The number of tokens (fp32), and in fp64 two global norms, losses and tokens of each source, a step's verdict."""
     of_sources = 2 * num_sources * FP64
     found: dict[tuple[str, str], Calls] = {}
     if seat.dp * seat.cp > 1:
@@ -258,5 +259,5 @@ def scalar_traffic(seat: Seat, num_sources: int) -> Traffic:
     if seat.pp > 1:
         found["pp", "all_reduce"] = Calls(1, of_sources)
     if seat.world > 1:
-        found["world", "all_reduce"] = Calls(2, 2 * FP64)
+        found["world", "all_reduce"] = Calls(3, (2 + VERDICT) * FP64)
     return found

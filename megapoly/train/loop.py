@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megapoly.checkpoint.folders import roots_of
+from megapoly.checkpoint.rollbacks import forget_rollbacks
 from megapoly.checkpoint.save import Saver
 from megapoly.data.plan_report import describe, summary
 from megapoly.log import duration
@@ -11,6 +13,7 @@ from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.mesh import describe_host
 from megapoly.parallel.replicas import check_replicas
 from megapoly.train.metrics import Metrics, progress_line, say_validation
+from megapoly.train.rollback import roll_back
 from megapoly.train.setup import Run, describe_pipeline
 from megapoly.train.start import load_start
 from megapoly.train.step import evaluate, train_step
@@ -43,10 +46,30 @@ class Due:
         return Due(compares, saves or evaluates or every(run.cfg.logging.log_interval), evaluates, saves, leaves)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How training came to its end: stopped by a signal, or at a spike, with the run that goes on before it."""
+
+    is_stopped: bool = False
+    following: Run | None = None
+
+
 def train(run: Run) -> bool:
-    """Train from the run's starting point to its end, or to exit_interval; False where a signal stopped it before."""
+    """Train from the run's starting point to its end, or to exit_interval, going back from spikes on the way.
+
+    Returns False where a signal stopped it before.
+    """
+    outcome = train_to_spike(run)
+    while outcome.following is not None:
+        outcome = train_to_spike(outcome.following)
+    return not outcome.is_stopped
+
+
+def train_to_spike(run: Run) -> Outcome:
+    """Train from the run's starting point to its end, to exit_interval, or to a spike that it goes back from."""
     introduce(run)
     run = load_start(run)
+    begin_record(run)
     say_start(run)
     prepared, console, progress = run.prepared, run.console, run.progress
     metrics = Metrics(run)
@@ -60,10 +83,18 @@ def train(run: Run) -> bool:
         is_stopped = progress.stops_after(step)
         while step < prepared.num_steps and not is_stopped:
             step += 1
+            if prepared.leaves_out(step):
+                metrics.leave_out(step)
+                continue  # to one that is trained: the last step of a run is never left out
             progress.enter(f"train step {step}")
             metrics.add(step, train_step(run, step))
             is_stopped = step < prepared.num_steps and progress.stops_after(step)
             due = Due.after(run, step, is_stopped)
+            if due.report:
+                run.watch.settle()  # before this step could be saved
+            if (following := before_spike(run, saver)) is not None:
+                metrics.close()
+                return Outcome(following=following)
             if due.compare:
                 check_replicas(run.buffers, step)
             if due.report:
@@ -90,7 +121,26 @@ def train(run: Run) -> bool:
     say_news(run, saver)
     say_end(run, step, is_stopped)
     metrics.close()
-    return not is_stopped
+    return Outcome(is_stopped)
+
+
+def before_spike(run: Run, saver: Saver) -> Run | None:
+    """The run to go on with where a spike asks for a rollback; None where it goes on as it is."""
+    if (spike := run.watch.spike) is None:
+        return None
+    run.progress.enter(f"rollback from step {spike.step}", is_bounded=False)
+    saver.wait()  # a late save would make itself the newest checkpoint, after the one that the run goes back to
+    say_news(run, saver)
+    return roll_back(run, spike)
+
+
+def begin_record(run: Run) -> None:
+    """A run that begins anew has not been rolled back; one that goes on says what it leaves out."""
+    if not run.prepared.is_resume and run.mesh.is_main:
+        for root in roots_of(run.cfg.checkpoint):
+            forget_rollbacks(root)
+    for begin, end in run.prepared.plan.left_out:
+        run.console.say(f"samples {begin:,} to {end:,} are left out (of {run.prepared.num_samples:,}) after a spike")
 
 
 def rank_comparison(run: Run) -> Callable[[int], dict[str, Any]]:
@@ -186,7 +236,10 @@ def say_finished_stages(run: Run, before: int, after: int) -> None:
         return
     for stage, report in zip(plan.stages, summary(plan)["stages"], strict=True):
         if before < stage.end_sample <= after:
+            gaps = (min(end, stage.end_sample) - max(begin, stage.begin_sample) for begin, end in plan.left_out)
+            gap = sum(samples for samples in gaps if samples > 0)
             run.console.say(
-                f"  {stage.name} is done: {stage.samples:,} samples, non-English {report['non_english_share']:.2%} "
+                f"  {stage.name} is done: {stage.samples:,} samples{f' ({gap:,} left out)' if gap else ''}, "
+                f"non-English {report['non_english_share']:.2%} "
                 f"({report['deviation_in_samples']['non-English']:+.2f} samples off the plan)"
             )

@@ -21,6 +21,7 @@ from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.failure import ending_together
 from megapoly.parallel.mesh import (
     Layout,
+    Mesh,
     check_devices,
     die_with_launcher,
     init_mesh,
@@ -34,6 +35,7 @@ from megapoly.plan.memory import describe_memory
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
+from megapoly.train.replay import prepared_before, run_again
 from megapoly.train.setup import (
     build_run,
     check_agreement,
@@ -51,6 +53,7 @@ class Invocation:
     name: str
     flags: dict[str, Any]
     is_dry_run: bool
+    replayed: int | None = None
 
     def config(self) -> Config:
         """The configuration; it looks for held-out files, so that it is read anew once the data is there."""
@@ -58,29 +61,34 @@ class Invocation:
 
 
 def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
-    """Read `[--config NAME_OR_YAML] [--dry-run] [--flag value ..]`; ConfigError for anything else."""
+    """Read `[--config NAME_OR_YAML] [--dry-run | --replay STEP] [--flag value ..]`; ConfigError for anything else."""
     flags, rest = parse_flags(argv)
-    name, is_dry_run = None, False
+    name, is_dry_run, replayed = None, False, None
     while rest:
         word = rest.pop(0)
         if word == "--config" or word.startswith("--config="):
             name = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
             if not name:
                 raise ConfigError(f"flag --config needs a value: a YAML file or one of {', '.join(preset_names())}")
+        elif word == "--replay" or word.startswith("--replay="):
+            text = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
+            if not text.isdecimal():
+                raise ConfigError(f"flag --replay needs a step, not '{text}'")
+            replayed = int(text)
         elif word == "--dry-run":
             is_dry_run = True
         elif word in ("-h", "--help"):
             if local_rank() == 0:
-                print(help_text("usage: [--config NAME_OR_YAML] [--dry-run] [--flag value ..]"))
+                print(help_text("usage: [--config NAME_OR_YAML] [--dry-run | --replay STEP] [--flag value ..]"))
             sys.exit(0)
         else:
-            refuse_unknown([word], known=["config", "dry_run"])
+            refuse_unknown([word], known=["config", "dry_run", "replay"])
     if name is None:
         is_on_gpu = torch.cuda.is_available() and flags.get("distributed_backend") != "gloo"
         name = gpu_preset if is_on_gpu else cpu_preset
         if local_rank() == 0:
             print(f"no --config given: {name} ({'on CUDA' if is_on_gpu else 'on the CPU'})", flush=True)
-    return Invocation(name, flags, is_dry_run)
+    return Invocation(name, flags, is_dry_run, replayed)
 
 
 def provide_corpus(name: str, cfg: Config, corpus: Path) -> None:
@@ -115,6 +123,14 @@ def dry_run(prepared: Prepared, world: int) -> None:
     print(describe(prepared.plan))
 
 
+def run_on(prepared: Prepared, mesh: Mesh, progress: Progress) -> bool:
+    """Train as the only job that writes to the directories of the run; False where a signal stopped it."""
+    with contextlib.ExitStack() as locks:
+        for folder in written_folders(prepared.cfg):
+            locks.enter_context(only_writer(folder, mesh.is_main))
+        return train(build_run(prepared, mesh, progress))
+
+
 def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; `gpu_preset` and `cpu_preset` stand in for a missing --config."""
     is_joined = False
@@ -139,7 +155,9 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
             if local_rank() == 0:
                 dry_run(prepared, world)
             return
-        if prepared.start_step >= prepared.num_steps:
+        if asked.replayed is not None:
+            prepared = prepared_before(prepared, asked.replayed)
+        elif prepared.start_step >= prepared.num_steps:
             if local_rank() == 0:
                 whose = prepared.cfg.logging.run_dir if prepared.is_resume else prepared.cfg.checkpoint.load
                 print(
@@ -153,10 +171,10 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         progress, run_dir = Progress(), prepared.cfg.logging.run_dir
         with ending_together(mesh, parallel.distributed_timeout_minutes, progress, run_dir):
             check_agreement(prepared, mesh)
-            with contextlib.ExitStack() as locks:
-                for folder in written_folders(prepared.cfg):
-                    locks.enter_context(only_writer(folder, mesh.is_main))
-                is_finished = train(build_run(prepared, mesh, progress))
+            if asked.replayed is None:
+                is_finished = run_on(prepared, mesh, progress)
+            else:
+                is_finished = run_again(build_run(prepared, mesh, progress), asked.replayed)
         leave(mesh)
         if not is_finished:
             sys.exit(RESTART_STATUS)

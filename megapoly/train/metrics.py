@@ -76,7 +76,7 @@ class Metrics:
         models = {length: dataclasses.replace(run.cfg.model, seq_length=length) for length in lengths}
         self.flops = {length: flops_per_token(model, run.prepared.vocab_size) for length, model in models.items()}
         self.peak = peak_tflops(run)
-        self._pending: list[tuple[int, StepStats]] = []
+        self._pending: list[tuple[int, StepStats | None]] = []
         self._rows: list[dict[str, Any]] = []
         self._clock = time.perf_counter()
         self._file = None
@@ -100,15 +100,32 @@ class Metrics:
         """Keep a step's statistics on the device."""
         self._pending.append((step, stats))
 
+    def leave_out(self, step: int) -> None:
+        """Keep a place for a step whose batch is left out."""
+        self._pending.append((step, None))
+
     def read(self) -> dict[str, Any]:
-        """Read the pending steps from the device; returns the last one's row, which may still be added to."""
-        values = [
-            (step, s.by_source.tolist(), s.grad_norm.item(), s.params_norm.item(), s.lr) for step, s in self._pending
-        ]
+        """Read the pending steps from the device; returns the last one's row, which may still be added to.
+
+        The last one was trained.
+        """
+        values = {
+            step: (s.by_source.tolist(), s.grad_norm.item(), s.params_norm.item(), s.lr)
+            for step, s in self._pending
+            if s is not None
+        }
         seconds = (time.perf_counter() - self._clock) / len(values)
-        self._rows = [self._row(*value, seconds) for value in values]
+        self._rows = [
+            self._row(step, *values[step], seconds) if step in values else self._place(step) | {"left_out": True}
+            for step, _ in self._pending
+        ]
+        self.run.watch.settle()
+        for row in self._rows:
+            if (note := self.run.watch.notes.pop(row["step"], None)) is not None:
+                row["trouble"] = note
         if self.run.cfg.precision.fp16:
-            for row, (_, s) in zip(self._rows, self._pending, strict=True):
+            trained = [(row, s) for row, (_, s) in zip(self._rows, self._pending, strict=True) if s is not None]
+            for row, s in trained:
                 row |= {"loss_scale": s.loss_scale, "skipped_steps": s.skipped_steps}
         self._pending.clear()
         return self._rows[-1]
@@ -138,6 +155,13 @@ class Metrics:
             "valid_loss_by_source": losses,
         }
 
+    def _place(self, step: int) -> dict[str, Any]:
+        """Where a step is in the run."""
+        prepared = self.run.prepared
+        samples, plan = prepared.samples_after(step), prepared.plan
+        stage = plan.stages[plan.stage_at(prepared.samples_after(step - 1))].name
+        return {"step": step, "samples": samples, "tokens": samples * plan.block_length, "stage": stage}
+
     def _row(
         self, step: int, by_source: list[list[float]], grad_norm: float, params_norm: float, lr: float, seconds: float
     ) -> dict[str, Any]:
@@ -152,11 +176,7 @@ class Metrics:
         tflops = (
             self.flops[stage.seq_length] * total / seconds / self.run.mesh.world.size / 1e12 if seconds else math.nan
         )
-        return {
-            "step": step,
-            "samples": samples,
-            "tokens": samples * prepared.plan.block_length,
-            "stage": stage.name,
+        return self._place(step) | {
             "loss": mean(losses, tokens, self.names),
             "loss_english": mean(losses, tokens, self.english),
             "loss_non_english": mean(losses, tokens, self.non_english),

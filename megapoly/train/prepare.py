@@ -6,16 +6,18 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megapoly.checkpoint.folders import find_folders, step_of
+from megapoly.checkpoint.folders import find_folders, roots_of, step_of
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
+from megapoly.checkpoint.rollbacks import read_rollbacks
 from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
-from megapoly.data.curriculum import Plan, make_plan, open_sources, plan_for
+from megapoly.data.curriculum import Plan, make_plan, open_sources, plan_for, united
 from megapoly.data.indexed import TokenStream
 from megapoly.data.infilling import Infilling, make_infilling
 from megapoly.data.plan_changes import PlanChange, plan_changes
@@ -95,7 +97,12 @@ class Prepared:
     def reset_steps(self) -> frozenset[int]:
         """Steps before which the optimizer begins anew."""
         stages = zip(self.plan.stages, self.first_steps, strict=True)
-        return frozenset(first for stage, first in stages if stage.settings.get("reset_optimizer"))
+        firsts = [first for stage, first in stages if stage.settings.get("reset_optimizer")]
+        return frozenset(next(step for step in itertools.count(first) if not self.leaves_out(step)) for first in firsts)
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether nothing of a step's batch is trained on; not of one before start_step."""
+        return step > self.start_step and self.plan.leaves_out(self.samples_after(step - 1), self.samples_after(step))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""
@@ -183,8 +190,7 @@ def _hash_of_ends(paths: list[str]) -> str:
 
 def own_checkpoints(cfg: Config) -> list[Path]:
     """What the run may resume from, in its directory and its second one, the preferred first."""
-    roots = [root for root in (cfg.checkpoint.save, cfg.checkpoint.save_copy) if root is not None]
-    folders = [folder for root in roots for folder in find_folders(root)]
+    folders = [folder for root in roots_of(cfg.checkpoint) for folder in find_folders(root)]
     return sorted(folders, key=lambda folder: -(step_of(folder) or 0))
 
 
@@ -201,12 +207,9 @@ def newest_sound(folders: Sequence[Path], skipped: Mapping[Path, str]) -> tuple[
 
 
 def _starting_point(
-    cfg: Config, plan: Plan, tokenizer: Tokenizer | None, skipped: Mapping[Path, str]
-) -> tuple[CheckpointReader | None, bool, dict[Path, str]]:
-    """The checkpoint to start from, whether it is this run's own, and what had to be skipped for it.
-
-    Refuses one whose past this plan would change.
-    """
+    cfg: Config, skipped: Mapping[Path, str]
+) -> tuple[CheckpointReader | None, bool, dict[Path, str]]:  # fmt: skip
+    """The checkpoint to start from, whether it is this run's own, and what had to be skipped for it."""
     folders = own_checkpoints(cfg)
     is_resume = bool(folders)
     if not is_resume:
@@ -214,37 +217,41 @@ def _starting_point(
             return None, False, {}
         folders = find_folders(cfg.checkpoint.load) or [find_checkpoint(cfg.checkpoint.load)]
     reader, found = newest_sound(folders, skipped)
-    _check_start(reader, cfg, plan, tokenizer, is_resume)
     return reader, is_resume, found
 
 
-def _check_start(
-    reader: CheckpointReader, cfg: Config, plan: Plan, tokenizer: Tokenizer | None, is_resume: bool
-) -> None:
-    if is_resume or not cfg.checkpoint.finetune:
-        if "exp_avg.final_norm.weight" not in reader.records:
-            raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
-        was, now = reader.config.optimizer.optimizer, cfg.optimizer.optimizer
-        if was != now:
+def with_left_out(plan: Plan, reader: CheckpointReader, is_resume: bool) -> Plan:
+    """The plan without what a checkpoint's leaves out, and what its run has rolled back from since."""
+    rollbacks = read_rollbacks(reader.folder.parent) if is_resume else []
+    ranges = [*reader.left_out, *((rollback.begin, rollback.end) for rollback in rollbacks)]
+    return dataclasses.replace(plan, left_out=united(ranges))
+
+
+def _check_start(reader: CheckpointReader, cfg: Config, plan: Plan, tokenizer: Tokenizer | None) -> None:
+    """Refuse a checkpoint whose optimizer, data or batches are not this run's: what was must stay as it was."""
+    if "exp_avg.final_norm.weight" not in reader.records:
+        raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
+    was, now = reader.config.optimizer.optimizer, cfg.optimizer.optimizer
+    if was != now:
+        raise CheckpointError(
+            f"{reader.folder}: holds the state of optimizer {was}, not of {now}; "
+            f"go on with --optimizer {was}, or --load it with --finetune in another --run-dir"
+        )
+    _check_past(reader, cfg, plan)
+    theirs = reader.state.get("data")
+    for name, mine in hashes_of_data(cfg, tokenizer).items():
+        if isinstance(theirs, dict) and theirs.get(name, mine) != mine:
             raise CheckpointError(
-                f"{reader.folder}: holds the state of optimizer {was}, not of {now}; "
-                f"go on with --optimizer {was}, or --load it with --finetune in another --run-dir"
+                f"{reader.folder}: {name} is another file now than when this checkpoint was made; "
+                "take another --run-dir, or --load it with --finetune"
             )
-        _check_past(reader, cfg, plan)
-        theirs = reader.state.get("data")
-        for name, mine in hashes_of_data(cfg, tokenizer).items():
-            if isinstance(theirs, dict) and theirs.get(name, mine) != mine:
-                raise CheckpointError(
-                    f"{reader.folder}: {name} is another file now than when this checkpoint was made; "
-                    "take another --run-dir, or --load it with --finetune"
-                )
-        old = _old_plan(reader)
-        were, are = BatchSizes.of(reader.config.train, old), BatchSizes.of(cfg.train, plan if old else None)
-        if were.history(reader.samples) != are.history(reader.samples):
-            raise CheckpointError(
-                f"{reader.folder}: its {reader.samples} samples came in batches of {were} (global_batch_size, "
-                f"rampup_batch_size), not of {are}; a run keeps the batches of its past"
-            )
+    old = _old_plan(reader)
+    were, are = BatchSizes.of(reader.config.train, old), BatchSizes.of(cfg.train, plan if old else None)
+    if were.history(reader.samples) != are.history(reader.samples):
+        raise CheckpointError(
+            f"{reader.folder}: its {reader.samples} samples came in batches of {were} (global_batch_size, "
+            f"rampup_batch_size), not of {are}; a run keeps the batches of its past"
+        )
 
 
 def _old_plan(reader: CheckpointReader) -> Plan | None:
@@ -253,7 +260,7 @@ def _old_plan(reader: CheckpointReader) -> Plan | None:
     if tokens is None or {len(tokens), len(rows or tokens)} != {len(reader.config.data.sources)}:
         return None
     try:
-        return make_plan(reader.config, tokens, rows)
+        return dataclasses.replace(make_plan(reader.config, tokens, rows), left_out=reader.left_out)
     except MegapolyError as error:
         raise CheckpointError(f"{reader.folder / 'state.json'}: its data plan cannot be read: {error}") from None
 
@@ -316,13 +323,20 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
 
 def with_start(prepared: Prepared, skipped: Mapping[Path, str]) -> Prepared:
     """The same with the checkpoint that the run starts from, if any; `skipped` are known to be damaged, and how."""
-    cfg, plan = prepared.cfg, prepared.plan
-    checkpoint, is_resume, skipped = _starting_point(cfg, plan, prepared.tokenizer, skipped)
+    cfg = prepared.cfg
+    checkpoint, is_resume, skipped = _starting_point(cfg, skipped)
     prepared = dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=is_resume, skipped=skipped)
+    if checkpoint is not None and prepared.takes_full_state:
+        plan = with_left_out(prepared.plan, checkpoint, is_resume)
+        _check_start(checkpoint, cfg, plan, prepared.tokenizer)
+        prepared = dataclasses.replace(prepared, plan=plan, changes=tuple(_changes_since(checkpoint, plan)))
     if checkpoint is not None:
         shapes = parameter_shapes(cfg.model, prepared.vocab_size)
         check_same_model(checkpoint, cfg.model, prepared.vocab_size, shapes)
     check_phases(prepared.phases)
-    if checkpoint is not None and prepared.takes_full_state:
-        prepared = dataclasses.replace(prepared, changes=tuple(_changes_since(checkpoint, plan)))
+    if prepared.num_steps > prepared.start_step and prepared.leaves_out(prepared.num_steps):
+        raise ConfigError(
+            f"the run would end in samples that a rollback leaves out ({prepared.plan.left_out}): "
+            "make it longer or shorter (train_samples, train_iters, tokens of the stages)"
+        )
     return prepared

@@ -1,6 +1,7 @@
 """From what is prepared to a run that is ready to step: mesh, model, optimizer, pipeline, loaders."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -36,6 +37,7 @@ from megapoly.parallel.tensor import Placement
 from megapoly.parallel.timeline import Costs, simulate
 from megapoly.sections import Config
 from megapoly.train.prepare import Prepared
+from megapoly.train.trouble import Watch
 
 
 def check_agreement(prepared: Prepared, mesh: Mesh) -> None:
@@ -92,6 +94,7 @@ class Run:
     buffers: FlatBuffers
     optimizer: ShardedOptimizer
     loss_scaler: LossScaler
+    watch: Watch
     pipeline: Pipeline
     loader: TrainLoader
     valid_loader: ValidLoader
@@ -107,6 +110,12 @@ class Run:
         """Ranks among which sequence parallel deals out the tokens of a micro-batch."""
         return self.mesh.tp.size if self.cfg.parallel.sequence_parallel else 1
 
+    def starting_from(self, prepared: Prepared) -> "Run":
+        """The same with another checkpoint to start from, and without what its plan leaves out."""
+        old = self.loader
+        loader = TrainLoader(prepared.plan, old.streams, old.deal, old.sizes, old.documents, old.infilling)
+        return dataclasses.replace(self, prepared=prepared, loader=loader)
+
     def checkpoint_state(self, step: int) -> dict[str, Any]:
         """What state.json keeps beside the tensors."""
         samples = self.prepared.samples_after(step)
@@ -120,7 +129,9 @@ class Run:
             "vocab_size": self.prepared.vocab_size,
             "dtype": self.cfg.precision.parameters,
             "loss_scaler": self.loss_scaler.state(),
+            "watch": self.watch.state(),
             "plan_fingerprint": self.prepared.plan.fingerprint(samples),
+            "left_out": self.prepared.plan.left_out,
             "source_tokens": [source.tokens for source in self.prepared.plan.sources],
             "source_rows": [source.slices if source.packed else 0 for source in self.prepared.plan.sources],
             "data": self.prepared.data_hashes,
@@ -211,15 +222,17 @@ def build_run(prepared: Prepared, mesh: Mesh, progress: Progress | None = None) 
     deal = Deal(cfg.train.global_batch_size, cfg.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
     documents = documents_of(prepared)
     assert cfg.data.block_length is not None
+    console = Console(mesh.is_main)
     return Run(
         prepared=prepared,
         mesh=mesh,
-        console=Console(mesh.is_main),
+        console=console,
         chunks=chunks,
         head=head,
         buffers=buffers,
         optimizer=ShardedOptimizer(buffers, Rules(cfg.optimizer, m), chunks[0].backends.adamw),
         loss_scaler=LossScaler.of(cfg.precision),
+        watch=Watch(cfg, prepared.vocab_size, buffers, console),
         pipeline=pipeline,
         loader=TrainLoader(prepared.plan, prepared.streams, deal, prepared.batch_sizes, documents, prepared.infilling),
         valid_loader=ValidLoader(prepared.valid_streams, m.seq_length, deal, cfg.train.eval_iters, documents),

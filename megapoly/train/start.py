@@ -1,6 +1,5 @@
 """What a run starts from: the newest checkpoint that every rank can read, or nothing."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from megapoly.checkpoint.load import load_checkpoint
@@ -15,17 +14,26 @@ def load_start(run: Run) -> Run:
     Returns the run as it then starts. Raises CheckpointError, on the main rank, where no checkpoint is whole.
     """
     while (checkpoint := run.prepared.checkpoint) is not None:
-        prepared = run.prepared
         try:
-            load_checkpoint(checkpoint, run.optimizer, weights_only=not prepared.takes_full_state)
+            load_state(run)
         except DamageError as damage:
-            run = replace(run, prepared=_with_older(run, {**prepared.skipped, checkpoint.folder: str(damage)}))
+            skipped = {**run.prepared.skipped, checkpoint.folder: str(damage)}
+            run = run.starting_from(_with_older(run, skipped))
             continue
-        if prepared.takes_full_state:
-            run.loss_scaler.restore(checkpoint.loss_scaler)
-            run.optimizer.num_steps = checkpoint.optimizer_steps
         break
     return run
+
+
+def load_state(run: Run) -> None:
+    """Load the checkpoint that the run starts from, if any; DamageError, on all ranks alike, where it is damaged."""
+    checkpoint, takes_all = run.prepared.checkpoint, run.prepared.takes_full_state
+    if checkpoint is None:
+        return
+    load_checkpoint(checkpoint, run.optimizer, weights_only=not takes_all)
+    if takes_all:
+        run.loss_scaler.restore(checkpoint.loss_scaler)
+        run.watch.restore(checkpoint.watch)
+        run.optimizer.num_steps = checkpoint.optimizer_steps
 
 
 def _with_older(run: Run, skipped: dict[Path, str]) -> Prepared:

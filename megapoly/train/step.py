@@ -33,7 +33,10 @@ class StepStats:
 
 
 def train_step(run: Run, step: int) -> StepStats:
-    """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update."""
+    """One optimizer step: micro-batches through the pipeline, one gradient reduction, one update.
+
+    Where loss or gradients are not finite, or the policy on spikes says so, the update changes nothing on any rank.
+    """
     begin = time.perf_counter()
     whole = run.loader.batch(run.prepared.samples_after(step - 1), run.prepared.samples_after(step))
     run.progress.loading += time.perf_counter() - begin
@@ -47,16 +50,17 @@ def train_step(run: Run, step: int) -> StepStats:
     run_pipeline(run, batches, num_tokens / scale, by_source)
     owned_grad = run.buffers.finish()
 
+    by_source = sum_over_stages(run, by_source)
     grad_norm = run.optimizer.global_norm(owned_grad) / scale
+    is_sound = run.watch.judge(step, by_source, grad_norm, owned_grad, run.loss_scaler)
     clip = clip_coefficient(grad_norm, run.cfg.optimizer.clip_grad)
     lr = run.prepared.learning_rate(step)
     if step in run.prepared.reset_steps:
         run.optimizer.reset()
     if run.loss_scaler.accepts(grad_norm):
-        run.optimizer.step(owned_grad, lr, clip / scale)
+        run.optimizer.step(owned_grad, lr, torch.where(is_sound, clip / scale, torch.nan))
     params_norm = run.optimizer.global_norm(run.optimizer.master)
-    by_source, skipped = sum_over_stages(run, by_source), run.loss_scaler.skipped_steps
-    return StepStats(by_source, grad_norm, params_norm, lr, scale, skipped)
+    return StepStats(by_source, grad_norm, params_norm, lr, scale, run.loss_scaler.skipped_steps)
 
 
 def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: Tensor) -> None:

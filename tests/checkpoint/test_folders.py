@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapoly.checkpoint import folders
-from megapoly.checkpoint.folders import Retention, find_folders, prune, publish, read_latest, step_folders, sweep
+from megapoly.checkpoint.folders import (
+    Retention,
+    find_folders,
+    go_back,
+    prune,
+    publish,
+    read_latest,
+    step_folders,
+    sweep,
+)
 from megapoly.errors import CheckpointError
 
 FILES = ("metadata.json", "shard_00000.safetensors", "state.json")
@@ -63,6 +72,17 @@ def test_neither_latest_nor_what_a_run_began_with_goes(tmp_path: Path) -> None:
     with_steps(tmp_path, range(1, 7))
     assert len(prune(tmp_path, Retention(last=1), tmp_path / "step_00000002", "abc")) == 4
     assert present(tmp_path) == [2, 6]
+
+
+def test_going_back_deletes_what_came_after(tmp_path: Path) -> None:
+    with_steps(tmp_path, [2, 4, 6])
+    assert [folder.name for folder in go_back(tmp_path, 4, "abc")] == ["step_00000006"]
+    assert present(tmp_path) == [2, 4] and read_latest(tmp_path) == tmp_path / "step_00000004"
+    go_back(tmp_path, 3, "abc")  # of a step that this directory does not have: the newest before it
+    assert present(tmp_path) == [2] and read_latest(tmp_path) == tmp_path / "step_00000002"
+    go_back(tmp_path, 1, "abc")
+    assert not list(tmp_path.iterdir()) and find_folders(tmp_path) == []
+    go_back(tmp_path, 1, "abc")
 
 
 def test_the_future_that_was_given_up_is_not_counted_nor_deleted(tmp_path: Path) -> None:

@@ -110,6 +110,46 @@ def test_a_run_that_went_on_from_a_checkpoint_elsewhere_begins_where_that_ended(
     assert share_report(plan(), steps_of(rows))["steps_off_the_plan"] == [35]
 
 
+def leave_out(rows: list[dict[str, Any]], steps: range) -> None:
+    for row in rows:
+        if row["step"] in steps:
+            del row["tokens_by_source"], row["loss_by_source"]
+            row["left_out"] = True
+
+
+def test_steps_that_a_rollback_left_out_are_named_and_in_no_share() -> None:
+    """Steps 20 to 23, the last two of the first stage and the first of the next."""
+    rows, whole = rows_of(plan()), share_report(plan(), steps_of(rows_of(plan())))
+    leave_out(rows, range(20, 24))
+    report = share_report(plan(), steps_of(rows))
+    assert report["steps_left_out"] == [20, 21, 22, 23] and report["steps_off_the_plan"] == []
+    assert (report["steps"], report["samples"]) == (42, 2000)
+    sizes = [(stage["samples"], stage["steps"], stage["left_out_samples"]) for stage in report["stages"]]
+    assert sizes == [(19 * 48, 19, 96), (992 - 96, 19, 96)]
+    for stage in report["stages"]:
+        assert all(abs(row["off_by_samples"]) <= 2 for row in stage["languages"])
+        assert sum(row["planned_share"] for row in stage["languages"]) == pytest.approx(1)
+    rising, before = (r["stages"][1]["planned_non_english_share"] for r in (report, whole))
+    assert rising > before + 0.01  # what is left out is the beginning of the rise
+    last = next(row for row in report["stages"][0]["languages"] if row["language"] == "en")
+    assert last["last_loss"] == pytest.approx(10 - (16 + 17 + 18 + 19) / 4 / 1000, abs=1e-4)
+    said = describe_shares(report).splitlines()
+    assert said[1] == "4 of them, from step 20 to 23, were left out after a spike"
+    assert "one: 912 samples in 19 steps, 96 more left out" in said
+    assert share_report(plan(), steps_of(rows[19:]))["steps_left_out"] == [21, 22, 23]
+    assert "left out" not in describe_shares(whole)
+    assert sum(window.shares.get("en", 0) == 0 for window in _windows_of_run(plan(), steps_of(rows))) >= 1
+    assert _of_stage(plan(), 1, steps_of(rows))[0]["ko"] == pytest.approx(0.9 * rising, abs=0.01)
+
+
+def test_a_stage_that_is_left_out_as_a_whole_has_no_shares() -> None:
+    rows = rows_of(plan())
+    leave_out(rows, range(1, 22))
+    first = share_report(plan(), steps_of(rows))["stages"][0]
+    assert (first["samples"], first["steps"], first["languages"], first["non_english_share"]) == (0, 0, [], 0.0)
+    assert first["left_out_samples"] == 1008
+
+
 def test_the_table_says_what_the_report_says() -> None:
     report = share_report(plan(), steps_of(rows_of(plan(), end=528)))
     lines = describe_shares(report).splitlines()

@@ -238,6 +238,17 @@ def test_adamw_follows_the_paper_within_its_ranges() -> None:
     assert torch.equal(params, master.bfloat16())
 
 
+def test_adamw_with_a_scale_of_nan_changes_nothing() -> None:
+    state = [random(50, seed=seed).abs() for seed in range(3)]
+    params, before = state[0].bfloat16(), [x.clone() for x in state]
+    table = RangeTable.build([Range(0, 20, 0.1, 0.3), Range(27, 50)], torch.device("cpu"))
+    adamw_(
+        state[0], random(50), state[1], state[2], 3, table, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8,
+        scale=torch.tensor(torch.nan, dtype=torch.float64), params=params,
+    )  # fmt: skip
+    assert all(map(torch.equal, state, before)) and torch.equal(params, before[0].bfloat16())
+
+
 def test_squared_norm_of_ranges() -> None:
     x = random(50)
     table = RangeTable.build([Range(0, 7), Range(7, 7), Range(9, 50)], torch.device("cpu"))

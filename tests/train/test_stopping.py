@@ -65,6 +65,19 @@ def test_all_ranks_stop_after_the_same_step_whoever_is_ahead(seed: int) -> None:
     assert done == [max(committed)] * size
 
 
+def test_a_stop_counts_the_steps_that_were_begun_not_their_numbers() -> None:
+    """A run that went back from step 9 to 6: whoever is asked to stop then stops after the step it has begun, 7."""
+    progress = Progress()
+    assert not any(progress.stops_after(step) for step in (5, 6, 7, 8, 6))
+    progress.settle(progress.freeze(), "a test")
+    assert progress.stops_after(7)
+    behind = Progress()
+    assert not any(behind.stops_after(step) for step in (5, 6, 7))
+    behind.freeze()
+    behind.settle(5, "a test")
+    assert [behind.stops_after(step) for step in (8, 6, 7)] == [False, False, True]
+
+
 def test_standing_still_counts_only_where_a_step_must_end() -> None:
     progress = Progress()
     progress.since -= 100
