@@ -50,6 +50,7 @@ setup(
         "tokenizers>=0.22",
         "py3langid>=0.4",
         "tqdm",
+        "zlib-ng",
         "zstandard",
     ],
     extras_require={

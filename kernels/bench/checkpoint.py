@@ -7,10 +7,12 @@ synchronously, by torch.save of every rank's state (without fsync), and by torch
 stall      seconds that a save keeps the training loop
 beside     time of a training step while a save is written, over that of a step without one
 bytes      bytes written over bytes of the state
-save       bandwidth of a synchronous save over that of plain writers, as many as ranks, each with an fsync; in turn
-load       bandwidth of a load, checksums included, over that of plain readers of the same files in turn; the page cache
-           is asked to forget them first (posix_fadvise)
+save       bandwidth of a synchronous save over that of plain writers, as many as ranks, each with an fsync
+load       bandwidth of a load, checksums included, over that of plain readers of the files that the plain writers wrote
+           in the same round; the page cache is asked to forget both first (posix_fadvise)
 memory     host memory that asynchronous saving takes, over the state
+
+In saves and loads plain writers and readers go first in every other round.
 """
 
 import argparse
@@ -98,6 +100,7 @@ class Bench:
         self.mine = sum(p.tensor.nbytes for p in self.savers["sync"].pieces)
         self.group = dist.new_group(backend="gloo") if options.ranks > 1 else None
         self.told: dict[str, list[float]] = {}
+        self.rounds = 0
 
     def tell(self, name: str, value: float) -> None:
         """Keep a figure."""
@@ -136,15 +139,31 @@ class Bench:
             self.tell("beside", statistics.median(during) / alone)
         saver.wait()
 
-        shutil.rmtree(self.folder / "raw", ignore_errors=True)
         saver = self.savers["sync"]
-        seconds = self.timed(lambda: saver.save(self.step, self.run.checkpoint_state(self.step)))
+        seconds = self.in_turn(
+            lambda: saver.save(self.step, self.run.checkpoint_state(self.step)),
+            self.write_plainly,
+        )
         self.tell("stall sync", saver.stall)
-        raw = self.timed(self.write_plainly)
-        self.tell("save share", raw / seconds)
-        self.tell("save", self.mine / seconds / 1e9)
+        self.tell_share("save", *seconds)
         self.load(self.folder / "sync")
+        self.together()
+        if self.rank == 0:
+            shutil.rmtree(self.folder / "raw")
         self.peers()
+        self.rounds += 1
+
+    def in_turn(self, ours: Callable[[], object], plain: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of both, now one first and now the other: what comes later finds the disk otherwise."""
+        if self.rounds % 2:
+            return self.timed(ours), self.timed(plain)
+        seconds = self.timed(plain)
+        return self.timed(ours), seconds
+
+    def tell_share(self, name: str, ours: float, plain: float) -> None:
+        """Keep a bandwidth, and its share of the plain one."""
+        self.tell(f"{name} share", plain / ours)
+        self.tell(name, self.mine / ours / 1e9)
 
     def on_any_rank(self, mine: bool) -> bool:
         """Whether something holds on any rank."""
@@ -164,17 +183,16 @@ class Bench:
             os.fsync(file.fileno())
 
     def load(self, root: Path) -> None:
-        """A load and plain reads of the same shards, both from the disk."""
+        """A load and plain reads of as many bytes, both from the disk."""
         from megapoly.checkpoint.load import CheckpointReader, load_checkpoint
 
         reader = CheckpointReader.open(root)
-        shard = reader.folder / f"shard_{self.rank:05d}.safetensors"
-        forget(shard)
-        seconds = self.timed(lambda: load_checkpoint(reader, self.run.optimizer))
-        forget(shard)
-        raw = self.timed(lambda: read_plainly(shard))
-        self.tell("load share", raw / seconds)
-        self.tell("load", self.mine / seconds / 1e9)
+        raw = self.folder / "raw" / str(self.rank)
+        forget(reader.folder / f"shard_{self.rank:05d}.safetensors")
+        forget(raw)
+        self.tell_share(
+            "load", *self.in_turn(lambda: load_checkpoint(reader, self.run.optimizer), lambda: read_plainly(raw))
+        )
 
     def peers(self) -> None:
         """torch.save and DCP's async_save of the same state."""

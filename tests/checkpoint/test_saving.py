@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from megapoly.checkpoint import save as module
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint
 from megapoly.checkpoint.report import verify
 from megapoly.checkpoint.save import Saver
-from megapoly.checkpoint.shard import write_shard
+from megapoly.checkpoint.shard import BLOCK, reading, write_shard
+from megapoly.checkpoint.state import Piece
+from megapoly.checkpoint.storage import Chunk, TensorRecord
 from megapoly.checks import check
 from megapoly.errors import CheckpointError, ConfigError, Echo
 from megapoly.parallel.mesh import Mesh, single_process_mesh
@@ -91,6 +94,21 @@ def test_any_reader_of_safetensors_reads_a_shard(tmp_path: Path) -> None:
         assert len(shard.keys()) == len(reader.records)
         name = "embedding.word.weight"
         assert torch.equal(shard.get_tensor(f"model.{name}@0,0"), reader.get(name))
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+def test_checksums_are_those_of_zlib_whatever_computes_them(size: int, tmp_path: Path) -> None:
+    """A host may have zlib-ng or not, and read what another one wrote."""
+    content = torch.randint(0, 256, (size // 2,), generator=torch.Generator().manual_seed(1)).half()
+    entry = write_shard(tmp_path / "shard_00000.safetensors", [Piece("x", (size // 2,), (0,), content)])
+    name, _, _, (offsets, sizes, file, begin, crc) = entry["chunks"][0]
+    written = (tmp_path / file).read_bytes()
+    assert (begin, crc) == (entry["files"][file][2], zlib.crc32(written[begin:]))
+    assert entry["files"][file][1] == zlib.crc32(written[:begin])
+    into = torch.empty_like(content)
+    with reading(tmp_path) as shards:
+        record = TensorRecord(torch.float16, (size // 2,), (chunk := Chunk(offsets, sizes, file, begin, crc),))
+        assert shards.read(name, record, chunk, into) is into and torch.equal(into, content)
 
 
 def sizes(mesh: Mesh, cfg: Config) -> tuple[int, int]:
