@@ -1,7 +1,8 @@
 """Names of checkpoints, and how their folders come and go so that a kill at any moment leaves only whole ones.
 
 A folder gets its final name when all of it is on the disk, and loses that name before anything in it is deleted. What
-else a kill leaves has a name with a dot in front, and is swept when the next job starts.
+is to become `latest` is on the disk before: where a kill comes between the two names, it counts as `latest` already.
+What else a kill leaves has a name with a dot in front, and is swept when the next job starts.
 """
 
 import os
@@ -16,7 +17,7 @@ from megapoly.sections import CheckpointConfig
 
 SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
 _STEP = re.compile(r"step_[0-9]{8,}")
-_LEFTOVER = re.compile(r"\.step_[0-9]{8,}\.[0-9a-f]+\.(tmp|old)")
+_LEFTOVER = re.compile(r"\.(step_[0-9]{8,})\.[0-9a-f]+\.(tmp|old|latest)")
 LATEST = "latest"
 
 
@@ -36,7 +37,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def read_latest(root: Path) -> Path | None:
-    """The folder that `latest` names, whether it is there or not; None without `latest`."""
+    """The folder that `latest` names, or was about to when a kill came, whether it is there or not; None without."""
     pointer = root / LATEST
     try:
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -46,7 +47,22 @@ def read_latest(root: Path) -> Path | None:
         raise CheckpointError(f"{pointer}: cannot be read: {error.strerror}") from None
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{pointer}: {name[:40]!r} is no step folder's name (step_ and 8 digits)")
-    return root / name
+    pending = [next_ for next_ in _pending(root) if _is_older(root / name, root / _step_in(next_))]
+    return root / (_step_in(max(pending, key=_step_in)) if pending else name)
+
+
+def _pending(root: Path) -> list[Path]:
+    """What was to become `latest`, of folders that have their names; but not where somebody wrote `latest` since."""
+    found = [path for path in root.glob(".step_*.latest") if _LEFTOVER.fullmatch(path.name)]
+    try:
+        written = (root / LATEST).stat().st_mtime_ns
+        return [path for path in found if (root / _step_in(path)).is_dir() and path.stat().st_mtime_ns >= written]
+    except FileNotFoundError:
+        return []  # a job that runs has just made one of them `latest`
+
+
+def _step_in(leftover: Path) -> str:
+    return leftover.name.split(".")[1]
 
 
 def step_folders(root: Path) -> list[Path]:
@@ -94,26 +110,27 @@ class Retention:
 
 def publish(temporary: Path, token: str) -> Path:
     """Give a finished folder `.NAME.token.tmp` its name and point `latest` at it; an older one of that name goes."""
-    root, name = temporary.parent, temporary.name.split(".")[1]
+    root, name = temporary.parent, _step_in(temporary)
     final = root / name
     sync_directory(temporary)
     if final.exists():  # a resume from an earlier step reached this one again
         remove(final, token)
+    pointer = _pointer(root, name, token)
     temporary.rename(final)
     sync_directory(root)
-    _point(root, name, token)
+    pointer.replace(root / LATEST)
+    sync_directory(root)
     return final
 
 
-def _point(root: Path, name: str, token: str) -> None:
-    """Make `latest` name a folder."""
-    pointer = root / f".{name}.{token}.tmp"
+def _pointer(root: Path, name: str, token: str) -> Path:
+    """A file that can become `latest`, on the disk."""
+    pointer = root / f".{name}.{token}.latest"
     with pointer.open("w", encoding="utf-8") as file:
         file.write(name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    pointer.replace(root / LATEST)
-    sync_directory(root)
+    return pointer
 
 
 def remove(folder: Path, token: str) -> None:
@@ -133,7 +150,8 @@ def go_back(root: Path, step: int, token: str) -> list[Path]:
     folders = step_folders(root)
     kept = next((folder for folder in folders if int(folder.name[5:]) <= step), None)
     if kept is not None:
-        _point(root, kept.name, token)
+        _pointer(root, kept.name, token).replace(root / LATEST)
+        sync_directory(root)
     elif (root / LATEST).exists():
         (root / LATEST).unlink()
         sync_directory(root)
@@ -157,7 +175,12 @@ def prune(root: Path, retention: Retention, spared: Path | None, token: str) -> 
 
 
 def sweep(root: Path) -> list[Path]:
-    """Delete what earlier jobs left unfinished, in their saves and in their deletions."""
+    """Delete what earlier jobs left unfinished in their saves and deletions; what was to be `latest` becomes it."""
+    if (named := read_latest(root)) is not None:
+        for pointer in _pending(root):
+            if _step_in(pointer) == named.name:
+                pointer.replace(root / LATEST)
+        sync_directory(root)
     left = [path for path in root.glob(".step_*") if _LEFTOVER.fullmatch(path.name)]
     for path in left:
         if path.is_dir():
