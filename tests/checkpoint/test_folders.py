@@ -213,6 +213,14 @@ def test_a_checkpoint_that_latest_was_about_to_name_is_the_newest(
     assert find_folders(tmp_path)[0].name == "step_00000004" and present(tmp_path) == [4, 8]
 
 
+def test_going_back_that_has_not_come_to_latest_has_not_happened(tmp_path: Path) -> None:
+    with_steps(tmp_path, [4, 8])
+    (tmp_path / ".step_00000004.abc.latest").write_text("step_00000004\n")
+    assert find_folders(tmp_path)[0].name == "step_00000008"
+    sweep(tmp_path)
+    assert (tmp_path / "latest").read_text() == "step_00000008\n" and present(tmp_path) == [4, 8]
+
+
 def test_latest_that_names_no_step_is_refused(tmp_path: Path) -> None:
     with_steps(tmp_path, [1])
     (tmp_path / "latest").write_text("../elsewhere")
