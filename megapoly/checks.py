@@ -250,6 +250,13 @@ def check_training(cfg: Config) -> None:
         )
     if not 0 <= t.seed < 2**63:
         raise ConfigError(f"seed ({t.seed}) must lie in [0, 2^63)")
+    if not 0 <= t.hidden_dropout < 1:
+        raise ConfigError(f"hidden_dropout ({t.hidden_dropout}) must lie in [0, 1)")
+    if t.attention_dropout:
+        raise ConfigError(
+            f"attention_dropout ({t.attention_dropout}) must be 0: attention weights are not dropped; "
+            "hidden_dropout drops what attention gives"
+        )
     check_checkpoints(cfg.checkpoint, t.save_interval)
 
 

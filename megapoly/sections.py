@@ -321,7 +321,9 @@ class TrainConfig:
     torch_compile: bool = option(
         False, "compile each block with torch.compile; gradients of its matrices then come by autograd, not overlapped"
     )
-    seed: int = option(1234, "seed of weights and data order")
+    seed: int = option(1234, "seed of weights, data order and dropout")
+    hidden_dropout: float = option(0.0, "share of the embedding's and of each branch's entries that is dropped")
+    attention_dropout: float = option(0.0, "must be 0: attention weights are not dropped")
     train_iters: int | None = option(None, "stop after so many steps (may only shorten the stages' budgets)")
     train_samples: int | None = option(None, "stop after so many samples (may only shorten the budgets)")
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end")

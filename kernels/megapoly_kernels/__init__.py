@@ -9,6 +9,7 @@ from megapoly_kernels.adamw import Range, RangeTable, adamw_, merged, squared_no
 from megapoly_kernels.backends import Backends, choose
 from megapoly_kernels.context_attention import Exchange, LocalChunks, context_attention
 from megapoly_kernels.cross_entropy import vocab_parallel_cross_entropy
+from megapoly_kernels.dropout import dropout
 from megapoly_kernels.layer_norm import layer_norm
 from megapoly_kernels.linear_cross_entropy import linear_cross_entropy
 from megapoly_kernels.rms_norm import rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "bias_gelu",
     "choose",
     "context_attention",
+    "dropout",
     "gated_activation",
     "layer_norm",
     "linear_cross_entropy",

@@ -10,6 +10,7 @@ from megapoly_kernels.activation import bias_gelu, gated_activation
 from megapoly_kernels.adamw import Range, RangeTable, adamw_, squared_norm
 from megapoly_kernels.context_attention import LocalChunks, context_attention
 from megapoly_kernels.cross_entropy import vocab_parallel_cross_entropy
+from megapoly_kernels.dropout import dropout
 from megapoly_kernels.layer_norm import layer_norm
 from megapoly_kernels.rms_norm import rms_norm
 from megapoly_kernels.rotary import rotary
@@ -216,4 +217,15 @@ CASES += [
         _spills(304, 56, 24, 0),
     ),
     Case("context_attention 64, ragged chunks", lambda: _context_attention(1040, 64), {(_FORWARD, 80): 40}),
+]
+
+
+def _dropout(hidden: int, dtype: torch.dtype) -> None:
+    y_tH = dropout(empty(4096, hidden, dtype=dtype, grad=True), empty(4096, dtype=torch.int64), 0.1, 1234, 3, "triton")
+    y_tH.backward(torch.empty_like(y_tH))
+
+
+CASES += [
+    Case("dropout 2048", lambda: _dropout(2048, torch.bfloat16)),
+    Case("dropout 5120, fp32", lambda: _dropout(5120, torch.float32)),
 ]

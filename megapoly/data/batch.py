@@ -13,7 +13,7 @@ class Batch:
     `mask` is fp32 [batch, sequence], 1 where the label counts in the loss; `sources` is int64 [batch], the number
     of the source that each sequence came from. `cu_seqlens` is where documents begin among the batch's tokens, row
     after row and their number last, int32 [documents + 1]: a row begins one too. None where documents are not told
-    apart.
+    apart. `begins` is the number of each sequence's first token in the run, int64 [batch]; None of held-out text.
     """
 
     tokens: NDArray[np.int64]
@@ -21,6 +21,7 @@ class Batch:
     mask: NDArray[np.float32]
     sources: NDArray[np.int64]
     cu_seqlens: NDArray[np.int32] | None = None
+    begins: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,11 @@ class Documents:
 
 
 def batch_of(
-    slices: list[NDArray[np.int64]], sources: list[int], length: int, documents: Documents | None = None
+    slices: list[NDArray[np.int64]],
+    sources: list[int],
+    length: int,
+    documents: Documents | None = None,
+    begins: NDArray[np.int64] | None = None,
 ) -> Batch:
     """Stack slices of up to length + 1 tokens; what a short slice lacks is masked, and kept apart as a document is."""
     tokens = np.zeros((len(slices), length), dtype=np.int64)
@@ -57,4 +62,4 @@ def batch_of(
             for row, n in enumerate(ends):
                 begins[row, n : n + 1], begins[row, n + 1 :] = True, False
             cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
-    return Batch(tokens, labels, mask, np.asarray(sources, dtype=np.int64), cu_seqlens)
+    return Batch(tokens, labels, mask, np.asarray(sources, dtype=np.int64), cu_seqlens, begins)

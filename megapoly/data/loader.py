@@ -95,7 +95,8 @@ class TrainLoader:
                     piece = self.infilling.apply(piece, sources[i], first + i // per_sample, i % per_sample)
                 pieces.append(piece)
             origins = [int(sources[i]) if i < given else 0 for i in taken]
-            batches.append(batch_of(pieces, origins, length, self.documents))
+            begins = first * self.plan.block_length + np.array(taken, dtype=np.int64) * length
+            batches.append(batch_of(pieces, origins, length, self.documents, begins))
         return batches
 
 

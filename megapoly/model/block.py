@@ -7,6 +7,7 @@ from megapoly_kernels import Backends, LocalChunks, Sequences
 from torch import Tensor, nn
 
 from megapoly.model.attention import Attention, RotaryTable
+from megapoly.model.dropout import Dropout
 from megapoly.model.mlp import Mlp
 from megapoly.model.norm import Norm
 from megapoly.model.recompute import remade
@@ -27,9 +28,10 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, m: ModelConfig, place: Placement, backends: Backends, redone: Collection[str] = ()
-    ) -> None:  # fmt: skip
+        self, m: ModelConfig, place: Placement, backends: Backends, redone: Collection[str] = (), number: int = 0
+    ) -> None:
         super().__init__()
+        self.number = number  # among all layers of the model
         self.redoes_norms = "layernorm" in redone
         self.parallel_residual = m.parallel_residual
         self.attention_norm = Norm(m, place, backends)
@@ -43,15 +45,19 @@ class Block(nn.Module):
         residual_tH: Tensor,
         sequences: Sequences | LocalChunks,
         table: RotaryTable | None,
+        drop: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(pending branch or None, residual) -> (pending branch, residual), all [tokens of this rank, hidden]."""
         normed_tH, residual_tH, remake = self._normed(self.attention_norm, branch_tH, residual_tH)
-        branch_tH = self.attention(normed_tH, sequences, table, remake)
+        branch_tH = self._dropped(self.attention(normed_tH, sequences, table, remake), drop, 0)
         if self.parallel_residual:
             normed_tH, _, remake = self._normed(self.mlp_norm, None, residual_tH)
-            return branch_tH + self.mlp(normed_tH, remake), residual_tH
+            return branch_tH + self._dropped(self.mlp(normed_tH, remake), drop, 1), residual_tH
         normed_tH, residual_tH, remake = self._normed(self.mlp_norm, branch_tH, residual_tH)
-        return self.mlp(normed_tH, remake), residual_tH
+        return self._dropped(self.mlp(normed_tH, remake), drop, 1), residual_tH
+
+    def _dropped(self, branch_tH: Tensor, drop: Dropout | None, branch: int) -> Tensor:
+        return branch_tH if drop is None else drop(branch_tH, 2 * self.number + branch)
 
     def _normed(
         self, norm: nn.Module, branch_tH: Tensor | None, residual_tH: Tensor

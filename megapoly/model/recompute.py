@@ -1,7 +1,8 @@
 """Activation recomputation: forward passes that backward redoes instead of reading what they would have kept.
 
 Whole blocks (Chen et al. 2016, arXiv 1604.06174), or the parts of a block that are cheap to redo (Korthikanti et al.
-2022, arXiv 2205.05198). Nothing here is random, so that what is redone is what was done, collectives included.
+2022, arXiv 2205.05198). Nothing here has a state (dropout's masks are a function of the tokens' numbers), so that what
+is redone is what was done, collectives included.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,6 +5,7 @@ mask early queries see few keys and late ones many, so that all ranks have the s
 al. 2024, arXiv 2407.21783, section 3.3.2). In the flat tokens of a rank, sequences and their chunks keep their order.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,9 @@ def local_batch(batch: Batch, cp: Axis) -> Batch:
         chunk_BS = np.split(x_BS, 2 * cp.size, axis=1)
         return np.concatenate([chunk_BS[chunk] for chunk in chunks_of(cp.rank, cp.size)], axis=1)
 
-    return Batch(part(batch.tokens), part(batch.labels), part(batch.mask), batch.sources, batch.cu_seqlens)
+    return dataclasses.replace(
+        batch, tokens=part(batch.tokens), labels=part(batch.labels), mask=part(batch.mask)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

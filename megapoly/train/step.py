@@ -69,9 +69,10 @@ def run_pipeline(run: Run, batches: list[Batch], num_tokens: Tensor, by_source: 
 
     def forward(chunk: int, i: int, hidden: Tensor | None) -> Tensor:
         model = run.chunks[chunk]
-        borders = batches[i].cu_seqlens
-        cu_seqlens = None if borders is None else to_device(borders, run.mesh.device)
-        output: Tensor = model(to_device(batches[i].tokens, run.mesh.device), hidden, cu_seqlens)
+        borders, begins = (
+            None if x is None else to_device(x, run.mesh.device) for x in (batches[i].cu_seqlens, batches[i].begins)
+        )
+        output: Tensor = model(to_device(batches[i].tokens, run.mesh.device), hidden, borders, begins)
         is_scored = model.stage.has_head and run.head is None
         return objective_of(run, model, output, batches[i], num_tokens, by_source) if is_scored else output
 

@@ -31,7 +31,7 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("tp", "pp", "dp", "family", "options"),
     [
-        (2, 2, 2, "gpt2", {"save_interval": 1, "most_recent_k": 2}),
+        (2, 2, 2, "gpt2", {"save_interval": 1, "most_recent_k": 2, "hidden_dropout": 0.1}),
         (1, 1, 2, "llama", {"bf16": True}),
         (1, 2, 1, "gpt2", {"bf16": True, "pipeline_schedule": "zb-v"}),
         (2, 1, 2, "llama", {"bf16": True, "optimizer": "muon"}),
