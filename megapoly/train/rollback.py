@@ -79,6 +79,11 @@ def _checkpoint_before(run: Run, roots: list[Path], spike: int) -> tuple[int, in
     return step, next((roots.index(reader.folder.parent) for reader in own if reader.step == step), 0)
 
 
+def has_way_of(reader: CheckpointReader, plan: Plan) -> bool:
+    """Whether a checkpoint was made on the way through a plan: by steps, with just its samples."""
+    return reader.step > 0 and reader.state["plan_fingerprint"] == plan.fingerprint(reader.samples)
+
+
 def checkpoints_of(plan: Plan, folders: Iterable[Path]) -> list[CheckpointReader]:
     """Those that a run made on its way through a plan; what a rollback gave up has seen other samples."""
     found = []
@@ -87,7 +92,7 @@ def checkpoints_of(plan: Plan, folders: Iterable[Path]) -> list[CheckpointReader
             reader = CheckpointReader.at(folder)
         except CheckpointError:
             continue  # damaged: nothing to go back to
-        if reader.step > 0 and reader.state["plan_fingerprint"] == plan.fingerprint(reader.samples):
+        if has_way_of(reader, plan):
             found.append(reader)
     return found
 
