@@ -92,8 +92,9 @@ class Saver:
     """
 
     def __init__(
-        self, cfg: CheckpointConfig, optimizer: ShardedOptimizer, tokenizer: Tokenizer | None, start: Path | None = None
-    ) -> None:
+        self, cfg: CheckpointConfig, optimizer: ShardedOptimizer, tokenizer: Tokenizer | None,
+        start: Path | None = None, failures: int = 0,
+    ) -> None:  # fmt: skip
         assert cfg.save is not None
         self.cfg, self.tokenizer, self.start = cfg, tokenizer, start
         self.mesh: Mesh = optimizer.buffers.mesh
@@ -105,7 +106,7 @@ class Saver:
         if self.mesh.is_main:
             self._make_ready()
         self.token = _agreed_token(self.mesh)  # which all ranks have once the main one is ready
-        self.failures = 0  # in a row
+        self.failures = failures  # in a row, those of the job's savers before this one included
         self.stall = 0.0  # seconds that the last save kept the step
         self._saves = 0
         self._jobs: list[Job] = []
@@ -189,7 +190,7 @@ class Saver:
     def finish(self, step: int, state: dict[str, Any]) -> None:
         """Wait for the last save, which was of `step`, and try again where it failed."""
         self.wait()
-        while self.failures:
+        while self.failures and self._saves:
             self.save(step, state)
             self.wait()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megapoly.checkpoint.folders import find_folders, roots_of, step_of
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
-from megapoly.checkpoint.rollbacks import read_rollbacks
+from megapoly.checkpoint.rollbacks import rollbacks_of
 from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources, plan_for, united
@@ -224,9 +224,9 @@ def _loaded(cfg: Config, skipped: Mapping[Path, str]) -> tuple[CheckpointReader 
     return reader, False, found
 
 
-def with_left_out(plan: Plan, reader: CheckpointReader, is_resume: bool) -> Plan:
-    """The plan without what a checkpoint's leaves out, and what its run has rolled back from since."""
-    rollbacks = read_rollbacks(reader.folder.parent) if is_resume else []
+def with_left_out(plan: Plan, reader: CheckpointReader, roots: Sequence[Path]) -> Plan:
+    """The plan without what a checkpoint's leaves out, and what the run of these directories has rolled back from."""
+    rollbacks = rollbacks_of(roots) if roots else []
     ranges = [*reader.left_out, *((rollback.begin, rollback.end) for rollback in rollbacks)]
     return dataclasses.replace(plan, left_out=united(ranges))
 
@@ -342,7 +342,7 @@ def _starting_from(
     cfg = prepared.cfg
     prepared = dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=is_resume, skipped=skipped)
     if checkpoint is not None and prepared.takes_full_state:
-        plan = with_left_out(prepared.plan, checkpoint, is_resume)
+        plan = with_left_out(prepared.plan, checkpoint, roots_of(cfg.checkpoint) if is_resume else [])
         _check_start(checkpoint, cfg, plan, prepared.tokenizer)
         prepared = dataclasses.replace(prepared, plan=plan, changes=tuple(_changes_since(checkpoint, plan)))
     if checkpoint is not None:

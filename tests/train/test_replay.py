@@ -10,13 +10,12 @@ import torch
 from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_prepared, tiny_run
 
-from megapoly.checkpoint.load import CheckpointReader
 from megapoly.errors import ConfigError
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.main import parse
-from megapoly.train.prepare import Prepared, with_left_out, with_start
+from megapoly.train.prepare import Prepared, with_start
 from megapoly.train.replay import Probe, compared, prepared_before, run_again
 from megapoly.train.setup import build_run
 from megapoly.train.step import train_step
@@ -30,10 +29,7 @@ def train_it(mesh: Mesh, cfg: Config) -> None:
 
 
 def resumed(cfg: Config) -> Prepared:
-    prepared = tiny_prepared(cfg)
-    reader = CheckpointReader.open(cfg.logging.run_dir)
-    plan = with_left_out(prepared.plan, reader, is_resume=True)
-    return dataclasses.replace(prepared, checkpoint=reader, is_resume=True, plan=plan)
+    return with_start(tiny_prepared(cfg), {})
 
 
 def replay_it(mesh: Mesh, cfg: Config, step: int) -> None:
