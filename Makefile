@@ -11,10 +11,11 @@
 # make bench-data                             a data set opened, ordered, read; preprocessing; beside megatron-core; no GPU
 # make bench-dedup                            deduplication by stages, MB/s and memory; beside datatrove's own; no GPU
 # make bench-checkpoint                       stall, bandwidth and memory of saves and loads beside torch's; needs no GPU
+# make bench-effective-time FLAGS="--checkpoint FILE"   what share of its time a job trains; FILE: bench-checkpoint's --json
 # make bench-record [FLAGS=FILE]              the fastest implementations of those results -> what `auto` takes
 # make bench-tune [FLAGS="--head-dim 64"]     tile sizes of attention's kernels, tried out on this GPU
 # make kernels-report                         registers, spills, shared memory of the kernels; needs no GPU
-# (these nine use PYTHON as it is and install nothing; FLAGS=.. reaches the script; TEXT_FLAGS=.. the part of bench-data on text)
+# (these ten use PYTHON as it is and install nothing; FLAGS=.. reaches the script; TEXT_FLAGS=.. the part of bench-data on text)
 # PYTHON=..   the interpreter .venv is made with       PIP_ARGS=..   flags for pip, a package index for example
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -29,7 +30,8 @@ HAS_CUDA_TORCH = $(shell $(PYTHON) -c "import torch; v = torch.__version__.split
 	print(int(torch.version.cuda is not None and (int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null || echo 0)
 
 .PHONY: pretrain curriculum-run test test-parity check install clean selftest test-faults
-.PHONY: bench bench-step bench-host bench-data bench-dedup bench-checkpoint bench-record bench-tune kernels-report
+.PHONY: bench bench-step bench-host bench-data bench-dedup bench-checkpoint bench-effective-time
+.PHONY: bench-record bench-tune kernels-report
 .DELETE_ON_ERROR:
 
 pretrain: .venv/installed
@@ -78,6 +80,9 @@ bench-dedup:
 
 bench-checkpoint:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/checkpoint.py $(FLAGS)
+
+bench-effective-time:
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/effective_time.py $(FLAGS)
 
 bench-record:
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench/record.py $(FLAGS)

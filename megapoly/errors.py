@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 
 EXIT_STATUS = 2
+FAILURE_STATUS = 1
 RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: saved when asked to stop; the same command goes on
 SPEAKER_SECONDS = 20.0
 
 
 class MegapolyError(Exception):
     """Bad input; the message is one line that says what is wrong, where, and what to do."""
+
+    status = EXIT_STATUS
 
 
 class ConfigError(MegapolyError):
@@ -36,6 +39,12 @@ class DamageError(CheckpointError):
     """A checkpoint whose bytes are not what was written: a file is missing, cut off or has another checksum."""
 
 
+class StuckError(MegapolyError):
+    """Storage that does not answer: nobody's mistake, and the same command started again may go on."""
+
+    status = FAILURE_STATUS
+
+
 class ReplicaError(MegapolyError):
     """Weights that should be equal on several ranks and are not."""
 
@@ -45,17 +54,21 @@ class TroubleError(MegapolyError):
 
 
 class Echo(MegapolyError):
-    """What another rank has found as well and says; this one ends silently."""
+    """What another rank has found as well and says; this one ends silently, with the same status."""
+
+    def __init__(self, text: str, status: int = EXIT_STATUS) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-def _let_the_speaker_finish() -> None:
+def _let_the_speaker_finish(status: int) -> None:
     """Wait until the launcher ends this process: it would end the one that speaks as soon as any other is gone."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_STATUS))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
     time.sleep(SPEAKER_SECONDS)
 
 
 def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
-    """Wrap an entry point: a MegapolyError ends in one line on stderr and exit status 2, without a traceback.
+    """Wrap an entry point: a MegapolyError ends in one line on stderr and its status, 2 mostly, without a traceback.
 
     `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says,
     and an Echo nobody.
@@ -70,8 +83,8 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
             if speaks() and not isinstance(error, Echo):
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
             else:
-                _let_the_speaker_finish()
+                _let_the_speaker_finish(error.status)
             # os._exit: a half-built process group must not keep the worker alive in its destructors.
-            os._exit(EXIT_STATUS)
+            os._exit(error.status)
 
     return wrapped

@@ -101,6 +101,7 @@ def check_checkpoints(c: CheckpointConfig, save_interval: int) -> None:
     """Refuse policies that keep nothing, or that ask for what is never saved."""
     positive(most_recent_k=c.most_recent_k, save_retain_interval=c.save_retain_interval,
               max_failed_saves=c.max_failed_saves)  # fmt: skip
+    at_least_zero("max_save_minutes", c.max_save_minutes)
     for step in c.save_steps:
         positive(save_steps=step)
     if c.save_copy is not None and c.save is not None and os.path.realpath(c.save_copy) == os.path.realpath(c.save):

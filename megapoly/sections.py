@@ -349,6 +349,7 @@ class CheckpointConfig:
     )
     save_steps: list[int] = option([], "further steps to save at; their checkpoints are kept for ever")
     max_failed_saves: int = option(3, "saves that may fail in a row until the run ends")
+    max_save_minutes: float = option(30.0, "end the run, for a restart, where it waits for a save so long; 0: never")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,11 @@ def read_rollbacks(root: Path) -> list[Rollback]:
     return [Rollback(**entry) for entry in entries]
 
 
+def rollbacks_of(roots: Sequence[Path]) -> list[Rollback]:
+    """Those of a run, which are in each of its directories; after a kill between two of them in the first alone."""
+    return max((read_rollbacks(root) for root in roots), key=len)
+
+
 def write_rollbacks(root: Path, rollbacks: Sequence[Rollback]) -> None:
     """Replace the record durably."""
     entries = [dataclasses.asdict(rollback) for rollback in rollbacks]
@@ -52,6 +57,15 @@ def write_rollbacks(root: Path, rollbacks: Sequence[Rollback]) -> None:
     sync_directory(root)
 
 
-def forget_rollbacks(root: Path) -> None:
-    """Remove the record of a run that begins anew."""
-    (root / NAME).unlink(missing_ok=True)
+def level_rollbacks(roots: Sequence[Path], is_resume: bool) -> None:
+    """Give each directory of a run that begins its whole record; none where it begins anew. Raises CheckpointError."""
+    records = rollbacks_of(roots) if is_resume else []
+    for root in roots:
+        try:
+            if not records:
+                (root / NAME).unlink(missing_ok=True)
+            elif read_rollbacks(root) != records:
+                root.mkdir(parents=True, exist_ok=True)
+                write_rollbacks(root, records)
+        except OSError as error:
+            raise CheckpointError(f"{root / NAME}: cannot be written: {error.strerror}") from None

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from megapoly.checkpoint.folders import Retention, prune, publish, roots_of, ste
 from megapoly.checkpoint.shard import write_shard
 from megapoly.checkpoint.state import Piece, pieces, training_state
 from megapoly.checkpoint.storage import FORMAT, file_entry, sealed, tensor_record, write_durably
-from megapoly.errors import CheckpointError, Echo
+from megapoly.errors import CheckpointError, Echo, StuckError
 from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.collectives import all_gather, all_reduce_
 from megapoly.parallel.mesh import Mesh
@@ -39,6 +39,7 @@ RUNNING, DONE, FAILED, ABANDONED = range(4)
 INTERVAL = 0.05  # seconds between two looks at what others have done
 VISIBLE_SECONDS = 120.0  # within which a file that one host wrote is seen by another
 LINGER_SECONDS = 60.0  # how long an error waits for the save under way
+REMINDER_SECONDS = 60.0  # between two lines about a save that the run waits for
 
 
 class HostCopy:
@@ -77,6 +78,7 @@ class Job:
     status: int = RUNNING
     error: Exception | None = None
     others: int = RUNNING  # FAILED once any rank has, DONE once all but the main rank are
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def folder(self) -> Path:
@@ -92,8 +94,9 @@ class Saver:
     """
 
     def __init__(
-        self, cfg: CheckpointConfig, optimizer: ShardedOptimizer, tokenizer: Tokenizer | None, start: Path | None = None
-    ) -> None:
+        self, cfg: CheckpointConfig, optimizer: ShardedOptimizer, tokenizer: Tokenizer | None,
+        start: Path | None = None, failures: int = 0,
+    ) -> None:  # fmt: skip
         assert cfg.save is not None
         self.cfg, self.tokenizer, self.start = cfg, tokenizer, start
         self.mesh: Mesh = optimizer.buffers.mesh
@@ -105,9 +108,10 @@ class Saver:
         if self.mesh.is_main:
             self._make_ready()
         self.token = _agreed_token(self.mesh)  # which all ranks have once the main one is ready
-        self.failures = 0  # in a row
+        self.failures = failures  # in a row, those of the job's savers before this one included
         self.stall = 0.0  # seconds that the last save kept the step
         self._saves = 0
+        self._is_stuck = False  # what waits for the save under way has given it up
         self._jobs: list[Job] = []
         self._thread = threading.Thread()
 
@@ -150,16 +154,25 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save under way, if any, has come to its end on all ranks, and hear how it went."""
+        """Wait until the save under way, if any, has come to its end on all ranks, and hear how it went.
+
+        Says once a minute who is late. Raises StuckError on that rank, Echo on the others, after max_save_minutes.
+        """
         if not self._jobs:
             return
+        limit, since, said = 60 * self.cfg.max_save_minutes or math.inf, time.monotonic(), 0.0
         while True:
-            mine = torch.tensor([job.status for job in self._jobs], device=self.mesh.device)
-            status_RJ = all_gather(mine, self.mesh.world).view(self.mesh.world.size, -1).cpu()
+            waited = time.monotonic() - since
+            mine = torch.tensor([*(job.status for job in self._jobs), waited > limit], device=self.mesh.device)
+            table = all_gather(mine, self.mesh.world).view(self.mesh.world.size, -1).cpu()
+            status_RJ, is_too_long = table[:, :-1], bool(table[0, -1])  # the main rank's clock decides
             for job, status_R in zip(self._jobs, status_RJ.T, strict=True):
                 job.others = FAILED if (status_R == FAILED).any() else DONE if (status_R[1:] == DONE).all() else RUNNING
             if (status_RJ != RUNNING).all():
                 break
+            if is_too_long or waited - said > REMINDER_SECONDS:
+                said = waited
+                self._remind(status_RJ, is_too_long)
             time.sleep(INTERVAL)
         self._thread.join()
         jobs, self._jobs = self._jobs, []
@@ -167,6 +180,23 @@ class Saver:
             if job.error is not None and not isinstance(job.error, (OSError, CheckpointError)):
                 raise job.error  # no disk is to blame
         self._judge(jobs, status_RJ)
+
+    def _remind(self, status_RJ: Tensor, is_too_long: bool) -> None:
+        """Say which rank the others wait for, and where it writes; end the run where that is too long."""
+        late = int((status_RJ == RUNNING).any(1).nonzero()[-1])  # the main one last: it waits for the others' parts
+        self._is_stuck = is_too_long
+        if self.mesh.world.rank != late:
+            if is_too_long:
+                raise Echo(f"rank {late} cannot write", StuckError.status)
+            return
+        job = next(job for job in self._jobs if job.status == RUNNING)
+        text = f"{job.temporary} is being written for {time.monotonic() - job.began:.0f} s now"
+        if is_too_long:
+            raise StuckError(
+                f"rank {late}: {text} and does not end (max_save_minutes {self.cfg.max_save_minutes:g}): does the disk "
+                "answer? Earlier checkpoints are whole, the same command goes on from there"
+            )
+        self._warn(f"{text}, and the run waits for it")
 
     def _judge(self, jobs: list[Job], status_RJ: Tensor) -> None:
         is_good_J = (status_RJ == DONE).all(0)
@@ -189,7 +219,7 @@ class Saver:
     def finish(self, step: int, state: dict[str, Any]) -> None:
         """Wait for the last save, which was of `step`, and try again where it failed."""
         self.wait()
-        while self.failures:
+        while self.failures and self._saves:
             self.save(step, state)
             self.wait()
 
@@ -204,7 +234,7 @@ class Saver:
 
     def _linger(self) -> None:
         """Let the save under way become whole before an error ends this process, if it does so soon."""
-        until = time.monotonic() + LINGER_SECONDS
+        until = time.monotonic() + (0 if self._is_stuck else LINGER_SECONDS)
         for job in self._jobs:
             while job.status == RUNNING or (job.status == DONE and job.temporary.exists()):
                 if time.monotonic() > until:
@@ -222,6 +252,7 @@ class Saver:
                     size = self._complete(job)
                     seconds = time.perf_counter() - begin
                     self._news.append(f"saved {job.folder} ({size / 1e9:.3g} GB, {seconds:.1f} s)")
+                    self._prune(job)
             except _AbandonedError:
                 job.status = ABANDONED
             except Exception as error:  # the main thread raises it, or goes on
@@ -229,7 +260,6 @@ class Saver:
                 self._warn(f"{job.folder} is not saved: {_reason(error)}; the next save tries again")
             else:
                 job.status = DONE
-                self._prune(job)
 
     def _write_shard(self, job: Job, mine: list[Piece]) -> None:
         job.temporary.mkdir(exist_ok=True)
@@ -279,8 +309,6 @@ class Saver:
         return [job.temporary / name for name in names]
 
     def _prune(self, job: Job) -> None:
-        if not self.mesh.is_main:
-            return
         try:
             for gone in prune(job.temporary.parent, self.retention, self.start, self.token):
                 self._news.append(f"deleted {gone}")

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megapoly.errors import EXIT_STATUS, SPEAKER_SECONDS, MegapolyError
+from megapoly.errors import EXIT_STATUS, FAILURE_STATUS, SPEAKER_SECONDS, MegapolyError
 from megapoly.parallel.mesh import Mesh, launcher_store
 from megapoly.parallel.progress import Progress
 from megapoly.parallel.stacks import Frames, collective, describe, frames_of_all_threads, report, stacks_of_this_rank
 
 MISTAKE = "error: "  # how the end begins where a user's mistake is the reason, of which one rank has spoken
-FAILURE_STATUS = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # both of Slurm's, before it takes the hosts away
 SETTLE_SECONDS = 0.1  # between two looks at the steps that others have committed to
 
@@ -48,7 +47,7 @@ def ending_together(mesh: Mesh, timeout_minutes: float, progress: Progress, run_
         yield
     except MegapolyError as error:
         watch.stop()  # first: it would act on the end
-        watch.end(f"{MISTAKE}{error}")
+        watch.end(f"{MISTAKE if error.status == EXIT_STATUS else ''}{error}")
         raise
     except Exception as error:
         if _is_from_outside(error):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megapoly.checkpoint.folders import roots_of
-from megapoly.checkpoint.rollbacks import forget_rollbacks
+from megapoly.checkpoint.rollbacks import level_rollbacks
 from megapoly.checkpoint.save import Saver
 from megapoly.data.plan_report import describe, summary
 from megapoly.log import duration
@@ -52,6 +52,7 @@ class Outcome:
 
     is_stopped: bool = False
     following: Run | None = None
+    failed_saves: int = 0  # in a row, before it goes on
 
 
 def train(run: Run) -> bool:
@@ -61,11 +62,11 @@ def train(run: Run) -> bool:
     """
     outcome = train_to_spike(run)
     while outcome.following is not None:
-        outcome = train_to_spike(outcome.following)
+        outcome = train_to_spike(outcome.following, outcome.failed_saves)
     return not outcome.is_stopped
 
 
-def train_to_spike(run: Run) -> Outcome:
+def train_to_spike(run: Run, failed_saves: int = 0) -> Outcome:
     """Train from the run's starting point to its end, to exit_interval, or to a spike that it goes back from."""
     introduce(run)
     run = load_start(run)
@@ -78,7 +79,7 @@ def train_to_spike(run: Run) -> Outcome:
     compare_ranks = rank_comparison(run)
     seconds_per_step = 0.0
     reported = step = prepared.start_step
-    with make_saver(run) as saver:
+    with make_saver(run, failed_saves) as saver:
         metrics.start_clock()
         is_stopped = progress.stops_after(step)
         while step < prepared.num_steps and not is_stopped:
@@ -94,7 +95,7 @@ def train_to_spike(run: Run) -> Outcome:
                 run.watch.settle()  # before this step could be saved
             if (following := before_spike(run, saver)) is not None:
                 metrics.close()
-                return Outcome(following=following)
+                return Outcome(following=following, failed_saves=saver.failures)
             if due.compare:
                 check_replicas(run.buffers, step)
             if due.report:
@@ -136,9 +137,8 @@ def before_spike(run: Run, saver: Saver) -> Run | None:
 
 def begin_record(run: Run) -> None:
     """A run that begins anew has not been rolled back; one that goes on says what it leaves out."""
-    if not run.prepared.is_resume and run.mesh.is_main:
-        for root in roots_of(run.cfg.checkpoint):
-            forget_rollbacks(root)
+    if run.mesh.is_main:
+        level_rollbacks(roots_of(run.cfg.checkpoint), run.prepared.is_resume)
     for begin, end in run.prepared.plan.left_out:
         run.console.say(f"samples {begin:,} to {end:,} are left out (of {run.prepared.num_samples:,}) after a spike")
 
@@ -175,11 +175,11 @@ def say_end(run: Run, step: int, is_stopped: bool) -> None:
         run.console.say(f"stopped after step {step} ({why}); the same command goes on")
 
 
-def make_saver(run: Run) -> Saver:
-    """What writes the run's checkpoints; it spares the one that the run goes on from."""
+def make_saver(run: Run, failed_saves: int = 0) -> Saver:
+    """What writes the run's checkpoints, after so many that failed; it spares the one that the run goes on from."""
     p = run.prepared
     start = p.checkpoint.folder if p.checkpoint is not None and p.is_resume else None
-    return Saver(run.cfg.checkpoint, run.optimizer, p.tokenizer, start)
+    return Saver(run.cfg.checkpoint, run.optimizer, p.tokenizer, start, failed_saves)
 
 
 def say_news(run: Run, saver: Saver) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megapoly.checkpoint.folders import find_folders, roots_of, step_of
 from megapoly.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
-from megapoly.checkpoint.rollbacks import read_rollbacks
+from megapoly.checkpoint.rollbacks import rollbacks_of
 from megapoly.checks import block_length_of, check
 from megapoly.data.batch_sizes import BatchSizes
 from megapoly.data.curriculum import Plan, make_plan, open_sources, plan_for, united
@@ -210,19 +210,23 @@ def _starting_point(
     cfg: Config, skipped: Mapping[Path, str]
 ) -> tuple[CheckpointReader | None, bool, dict[Path, str]]:  # fmt: skip
     """The checkpoint to start from, whether it is this run's own, and what had to be skipped for it."""
-    folders = own_checkpoints(cfg)
-    is_resume = bool(folders)
-    if not is_resume:
-        if cfg.checkpoint.load is None:
-            return None, False, {}
-        folders = find_folders(cfg.checkpoint.load) or [find_checkpoint(cfg.checkpoint.load)]
-    reader, found = newest_sound(folders, skipped)
-    return reader, is_resume, found
+    if folders := own_checkpoints(cfg):
+        reader, found = newest_sound(folders, skipped)
+        return reader, True, found
+    return _loaded(cfg, skipped)
 
 
-def with_left_out(plan: Plan, reader: CheckpointReader, is_resume: bool) -> Plan:
-    """The plan without what a checkpoint's leaves out, and what its run has rolled back from since."""
-    rollbacks = read_rollbacks(reader.folder.parent) if is_resume else []
+def _loaded(cfg: Config, skipped: Mapping[Path, str]) -> tuple[CheckpointReader | None, bool, dict[Path, str]]:
+    """The same for a run that has saved nothing yet."""
+    if cfg.checkpoint.load is None:
+        return None, False, {}
+    reader, found = newest_sound(find_folders(cfg.checkpoint.load) or [find_checkpoint(cfg.checkpoint.load)], skipped)
+    return reader, False, found
+
+
+def with_left_out(plan: Plan, reader: CheckpointReader, roots: Sequence[Path]) -> Plan:
+    """The plan without what a checkpoint's leaves out, and what the run of these directories has rolled back from."""
+    rollbacks = rollbacks_of(roots) if roots else []
     ranges = [*reader.left_out, *((rollback.begin, rollback.end) for rollback in rollbacks)]
     return dataclasses.replace(plan, left_out=united(ranges))
 
@@ -323,11 +327,22 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
 
 def with_start(prepared: Prepared, skipped: Mapping[Path, str]) -> Prepared:
     """The same with the checkpoint that the run starts from, if any; `skipped` are known to be damaged, and how."""
+    return _starting_from(prepared, *_starting_point(prepared.cfg, skipped))
+
+
+def as_begun(prepared: Prepared) -> Prepared:
+    """The same as the run began, whatever it has saved since: from what `load` names, or from nothing."""
+    begun = _starting_from(prepared, *_loaded(prepared.cfg, {}))
+    return dataclasses.replace(begun, plan=prepared.plan, changes=())
+
+
+def _starting_from(
+    prepared: Prepared, checkpoint: CheckpointReader | None, is_resume: bool, skipped: Mapping[Path, str]
+) -> Prepared:  # fmt: skip
     cfg = prepared.cfg
-    checkpoint, is_resume, skipped = _starting_point(cfg, skipped)
     prepared = dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=is_resume, skipped=skipped)
     if checkpoint is not None and prepared.takes_full_state:
-        plan = with_left_out(prepared.plan, checkpoint, is_resume)
+        plan = with_left_out(prepared.plan, checkpoint, roots_of(cfg.checkpoint) if is_resume else [])
         _check_start(checkpoint, cfg, plan, prepared.tokenizer)
         prepared = dataclasses.replace(prepared, plan=plan, changes=tuple(_changes_since(checkpoint, plan)))
     if checkpoint is not None:

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapoly.checkpoint.folders import roots_of, step_folders
-from megapoly.errors import ConfigError, DamageError, Echo
+from megapoly.checkpoint.load import CheckpointReader
+from megapoly.errors import CheckpointError, ConfigError, DamageError, Echo
 from megapoly.parallel.collectives import all_reduce_
 from megapoly.train.metrics import mean
-from megapoly.train.prepare import Prepared
-from megapoly.train.rollback import checkpoints_of
+from megapoly.train.prepare import Prepared, as_begun
+from megapoly.train.rollback import has_way_of
 from megapoly.train.setup import Run
 from megapoly.train.start import load_state
 from megapoly.train.step import train_step
@@ -27,24 +28,41 @@ MOST_NAMED = 10  # parameters, those with the largest gradients
 
 
 def prepared_before(prepared: Prepared, step: int) -> Prepared:
-    """What is prepared with the newest checkpoint before a step to start from; the beginning where there is none.
+    """What is prepared with the newest checkpoint before a step to start from; else as the run began.
 
     A step that a rollback leaves out is replayed as it was before: with its data. Raises ConfigError for a step that
     the run does not have.
     """
-    first = 1 if prepared.is_resume or not prepared.takes_full_state else prepared.start_step + 1
-    if not first <= step <= prepared.num_steps:
-        raise ConfigError(f"replay ({step}) must be a step of the run, from {first} to {prepared.num_steps}")
-    anew = dataclasses.replace(prepared, checkpoint=None, is_resume=False) if prepared.is_resume else prepared
-    begin, end = anew.samples_after(step - 1), anew.samples_after(step)
-    kept = tuple((a, b) for a, b in prepared.plan.left_out if not (a < end and begin < b))
-    plan = dataclasses.replace(prepared.plan, left_out=kept)
-    folders = (folder for root in roots_of(prepared.cfg.checkpoint) for folder in step_folders(root))
-    found = checkpoints_of(plan, (folder for folder in folders if folder not in prepared.skipped))
-    before = max((reader for reader in found if reader.step < step), key=lambda reader: reader.step, default=None)
-    if before is None:
-        return dataclasses.replace(anew, plan=plan, changes=())
-    return dataclasses.replace(prepared, checkpoint=before, is_resume=True, plan=plan, changes=())
+    if not 1 <= step <= prepared.num_steps:
+        raise ConfigError(f"replay ({step}) must be a step of the run, from 1 to {prepared.num_steps}")
+    folders = [folder for root in roots_of(prepared.cfg.checkpoint) for folder in step_folders(root)]
+    for folder in sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True):
+        if int(folder.name[5:]) < step and folder not in prepared.skipped:
+            try:
+                reader = CheckpointReader.at(folder)
+            except CheckpointError:
+                continue  # damaged: an older one will do
+            before = _going_to(prepared, reader, True, step)
+            if has_way_of(reader, before.plan):
+                return before
+    begun = as_begun(prepared)
+    if step <= begun.start_step:
+        assert begun.checkpoint is not None
+        raise ConfigError(
+            f"replay ({step}) must be a step of the run, from {begun.start_step + 1} to {prepared.num_steps}: "
+            f"it began with {begun.checkpoint.folder}"
+        )
+    return _going_to(begun, begun.checkpoint, False, step)
+
+
+def _going_to(prepared: Prepared, start: CheckpointReader | None, is_own: bool, step: int) -> Prepared:
+    """The same from a start before a step; where the plan leaves all of the step out, it has its samples again."""
+    there = dataclasses.replace(prepared, checkpoint=start, is_resume=is_own, changes=())
+    if not there.leaves_out(step):
+        return there
+    begin, end = there.samples_after(step - 1), there.samples_after(step)
+    kept = tuple((a, b) for a, b in there.plan.left_out if not (a < end and begin < b))
+    return dataclasses.replace(there, plan=dataclasses.replace(there.plan, left_out=kept))
 
 
 def run_again(run: Run, step: int) -> bool:
@@ -64,7 +82,8 @@ def replay(run: Run, step: int) -> bool:
     `run` has loaded what it starts from; all ranks call it together. Returns False where a signal stopped it before.
     """
     prepared, console, progress = run.prepared, run.console, run.progress
-    console.say(f"replaying step {step}, from step {prepared.start_step}")
+    start = prepared.checkpoint.folder if prepared.checkpoint is not None else "drawn weights"
+    console.say(f"replaying step {step}, from step {prepared.start_step} ({start})")
     for earlier in range(prepared.start_step + 1, step):
         if prepared.leaves_out(earlier):
             continue

@@ -13,7 +13,7 @@ import torch
 
 from megapoly.checkpoint.folders import go_back, roots_of, step_folders, step_name
 from megapoly.checkpoint.load import CheckpointReader
-from megapoly.checkpoint.rollbacks import Rollback, read_rollbacks, write_rollbacks
+from megapoly.checkpoint.rollbacks import Rollback, rollbacks_of, write_rollbacks
 from megapoly.data.curriculum import Plan, united
 from megapoly.errors import CheckpointError, Echo, TroubleError
 from megapoly.parallel.collectives import all_reduce_
@@ -29,7 +29,7 @@ def roll_back(run: Run, spike: Spike) -> Run | None:
     """
     mesh, cfg = run.mesh, run.cfg
     roots, choice = roots_of(cfg.checkpoint), torch.zeros(3, dtype=torch.int64, device=mesh.device)
-    done = max((read_rollbacks(root) for root in roots), key=len) if mesh.is_main else []
+    done = rollbacks_of(roots) if mesh.is_main else []
     if mesh.is_main:  # the others take its word: they may see another state of a shared disk
         choice.copy_(torch.tensor([*_checkpoint_before(run, roots, spike.step), len(done)]))
     step, place, number = all_reduce_(choice, mesh.world).tolist()
@@ -79,6 +79,11 @@ def _checkpoint_before(run: Run, roots: list[Path], spike: int) -> tuple[int, in
     return step, next((roots.index(reader.folder.parent) for reader in own if reader.step == step), 0)
 
 
+def has_way_of(reader: CheckpointReader, plan: Plan) -> bool:
+    """Whether a checkpoint was made on the way through a plan: by steps, with just its samples."""
+    return reader.step > 0 and reader.state["plan_fingerprint"] == plan.fingerprint(reader.samples)
+
+
 def checkpoints_of(plan: Plan, folders: Iterable[Path]) -> list[CheckpointReader]:
     """Those that a run made on its way through a plan; what a rollback gave up has seen other samples."""
     found = []
@@ -87,7 +92,7 @@ def checkpoints_of(plan: Plan, folders: Iterable[Path]) -> list[CheckpointReader
             reader = CheckpointReader.at(folder)
         except CheckpointError:
             continue  # damaged: nothing to go back to
-        if reader.step > 0 and reader.state["plan_fingerprint"] == plan.fingerprint(reader.samples):
+        if has_way_of(reader, plan):
             found.append(reader)
     return found
 

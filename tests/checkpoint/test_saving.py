@@ -25,7 +25,7 @@ from megapoly.checkpoint.shard import BLOCK, reading, write_shard
 from megapoly.checkpoint.state import Piece
 from megapoly.checkpoint.storage import Chunk, TensorRecord
 from megapoly.checks import check
-from megapoly.errors import CheckpointError, ConfigError, Echo
+from megapoly.errors import CheckpointError, ConfigError, Echo, StuckError
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train.loop import make_saver
@@ -263,6 +263,57 @@ def test_directories_that_hosts_do_not_share_are_noticed(tmp_path: Path) -> None
     assert told[1] == "rank 0 could not save"
 
 
+def a_writer_that_does_not_come_back(mesh: Mesh, cfg: Config, late: int) -> list[str]:
+    """A rank that stands in a write (the main one: when all shards are there); what the others meet, and the status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "REMINDER_SECONDS", 0.2)
+        gate = Gate(patch)
+        patch.setattr(module, "publish", lambda *_: gate.opened.wait(60))
+        if mesh.world.rank != late or late == 0:
+            gate.opened.set()
+        if mesh.world.rank == late == 0:
+            patch.setattr(module, "publish", lambda *_: time.sleep(60))
+        run, saver = a_run(mesh, cfg)
+        begin = time.monotonic()
+        try:
+            with saver:
+                saver.save(1, run.checkpoint_state(1))
+                train_step(run, 2)
+                saver.save(2, run.checkpoint_state(2))
+        except (StuckError, Echo) as error:
+            assert time.monotonic() - begin < 10  # and does not wait for the disk again
+            return [type(error).__name__, str(error), str(error.status)]
+    return []
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_save_that_never_ends_is_told_of_and_ends_the_run(
+    late: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", 2, max_save_minutes=0.02, **TWO)
+    told = run_ranks(a_writer_that_does_not_come_back, cfg, late, tp=2)
+    assert told[1 - late] == ["Echo", f"rank {late} cannot write", "1"]
+    kind, line, status = told[late]
+    assert (kind, status) == ("StuckError", "1")
+    folder = str(tmp_path / "run/checkpoints/.step_00000001.")
+    assert line.startswith(f"rank {late}: {folder}") and "s now and does not end (max_save_minutes 0.02)" in line
+    lines = [text for text in capfd.readouterr().err.splitlines() if text.startswith("warning: ")]
+    assert len(lines) >= 3 and all(text.startswith(f"warning: rank {late}: {folder}") for text in lines)
+    assert all(text.endswith("and the run waits for it") for text in lines)
+
+
+def test_a_slow_save_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any) -> dict[str, Any]:
+        time.sleep(1)
+        return write_shard(*args)
+
+    monkeypatch.setattr(module, "write_shard", slow)
+    for minutes in (0.0, 1.0):
+        name = str(tmp_path / str(minutes))
+        run_to_end(single_process_mesh(), tiny_config(tmp_path, "gpt2", 2, max_save_minutes=minutes, run_dir=name))
+        assert find_checkpoint(name).name == "step_00000002"
+
+
 def dies_while_saving(mesh: Mesh, cfg: Config) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
@@ -351,6 +402,7 @@ def test_training_draws_from_no_generator(tmp_path: Path) -> None:
             "must be a multiple of save_interval \\(2\\), such as 6 or 8",
         ),
         ({"save_steps": [1, 0]}, "save_steps \\(0\\) must be positive"),
+        ({"max_save_minutes": -1.0}, "max_save_minutes \\(-1.0\\) must"),
         ({"max_failed_saves": 0}, "max_failed_saves \\(0\\) must be positive"),
         ({"save": "a/b", "save_copy": "a/../a/b"}, "save_copy \\(a/../a/b\\) is the directory of save"),
     ],

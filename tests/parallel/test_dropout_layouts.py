@@ -13,8 +13,9 @@ from tiny_runs import tiny_config, tiny_run
 
 from megapoly.checks import check
 from megapoly.errors import ConfigError
+from megapoly.model.dropout import Dropout
 from megapoly.parallel.mesh import single_process_mesh
-from megapoly.train.step import evaluate
+from megapoly.train.step import evaluate, train_step
 
 STEPS = 6
 RATE = {"hidden_dropout": 0.2}
@@ -99,3 +100,15 @@ def test_masks_of_places_tokens_and_seeds_differ(folder: Path) -> None:
 def test_rates_that_cannot_be_are_refused(options: dict[str, float], reason: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=reason):
         check(tiny_config(folder, "gpt2", STEPS, **options), 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_each_dropout_of_the_model_has_its_own_place(
+    family: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(single_process_mesh(), tiny_config(folder, family, STEPS, micro_batch_size=8, **RATE))
+    places: list[int] = []
+    drop = Dropout.__call__
+    monkeypatch.setattr(Dropout, "__call__", lambda self, x, place: (places.append(place), drop(self, x, place))[1])
+    train_step(run, 1)
+    assert sorted(places) == list(range(2 * run.cfg.model.num_layers + 1))

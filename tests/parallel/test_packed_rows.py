@@ -20,7 +20,7 @@ from megapoly.errors import CheckpointError
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.metrics import Metrics, progress_line
-from megapoly.train.prepare import _changes_since, _starting_point
+from megapoly.train.prepare import with_start
 from megapoly.train.step import train_step
 
 LENGTH = 16
@@ -120,12 +120,12 @@ def test_a_resumed_run_over_packed_rows_is_bit_equal(tmp_path: Path) -> None:
         checkpoint=dataclasses.replace(cfg.checkpoint, save=f"{elsewhere}/checkpoints"),
     )
     run_ranks(run_to_end, dataclasses.replace(again, train=dataclasses.replace(again.train, exit_interval=3)))
-    plan = tiny_prepared(again).plan
-    reader, is_resume, _ = _starting_point(again, plan, None, {})
-    assert reader is not None and is_resume and _changes_since(reader, plan) == []
+    prepared = tiny_prepared(again)
+    started, plan = with_start(prepared, {}), prepared.plan
+    assert started.start_step == 3 and started.is_resume and started.changes == ()
     fewer = dataclasses.replace(plan, sources=(dataclasses.replace(plan.sources[0], slices=9), plan.sources[1]))
     with pytest.raises(CheckpointError, match=rf"'en' was {plan.sources[0].slices} packed rows and is 9 packed rows"):
-        _starting_point(again, fewer, None, {})
+        with_start(dataclasses.replace(prepared, plan=fewer), {})
     resumed = run_ranks(run_to_end, again)[0]
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from megapoly.checkpoint import save
 from megapoly.errors import DataError
 from megapoly.train import loop
 from megapoly.train.main import main
@@ -22,11 +23,13 @@ def failing_step(run: Run, step: int) -> StepStats:
             raise DataError("a file of rank 2 is damaged")
         if how == "hang":
             time.sleep(3600)
-        if how != "go":
+        if how not in ("go", "stuck"):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}.get(how) or signal.Signals[how])
     return train_step(run, step)
 
 
 if __name__ == "__main__":
     loop.train_step = failing_step
+    if sys.argv[1] == "stuck" and os.environ["RANK"] == "2":
+        save.write_shard = lambda *_: time.sleep(3600)  # a file server that is gone
     main("tiny", "tiny", Path("nowhere"), sys.argv[2:])

@@ -75,3 +75,15 @@ def test_what_one_rank_refuses_it_says_alone(data: Path, tmp_path: Path) -> None
     assert log.count("error: a file of rank 2 is damaged") == 1 and "exitcode  : 2" in log
     assert not re.findall(r"^rank \d \(", log, re.M), "the others have nothing to say"
     assert "Traceback" not in log.partition("error: ")[0]
+
+
+def test_a_disk_that_does_not_answer_ends_the_job_for_a_restart(data: Path, tmp_path: Path) -> None:
+    flags = "--save-interval 2 --max-save-minutes 0.05 --run-dir run".split()
+    launcher = start("stuck", data, tmp_path, *flags)
+    assert launcher.wait(timeout=100) == 1
+    log = (tmp_path / "log").read_text()
+    folder = r"run/checkpoints/\.step_00000002\.\w+\.tmp"
+    lines = re.findall(rf"^error: rank 2: {folder} is being written for \d+ s now and does not end .*$", log, re.M)
+    assert len(lines) == log.count("error: rank") == 1, log
+    assert "exitcode  : 1" in log and "exitcode  : 2" not in log
+    assert not re.findall(r"^rank \d \(", log, re.M) and "Traceback" not in log.partition("error: ")[0]

@@ -10,13 +10,12 @@ import torch
 from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_prepared, tiny_run
 
-from megapoly.checkpoint.load import CheckpointReader
 from megapoly.errors import ConfigError
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.main import parse
-from megapoly.train.prepare import Prepared, with_left_out
+from megapoly.train.prepare import Prepared, with_start
 from megapoly.train.replay import Probe, compared, prepared_before, run_again
 from megapoly.train.setup import build_run
 from megapoly.train.step import train_step
@@ -30,10 +29,7 @@ def train_it(mesh: Mesh, cfg: Config) -> None:
 
 
 def resumed(cfg: Config) -> Prepared:
-    prepared = tiny_prepared(cfg)
-    reader = CheckpointReader.open(cfg.logging.run_dir)
-    plan = with_left_out(prepared.plan, reader, is_resume=True)
-    return dataclasses.replace(prepared, checkpoint=reader, is_resume=True, plan=plan)
+    return with_start(tiny_prepared(cfg), {})
 
 
 def replay_it(mesh: Mesh, cfg: Config, step: int) -> None:
@@ -74,6 +70,36 @@ def test_a_replayed_step_is_equal_to_its_row_and_writes_nothing(
     run_ranks(replay_it, tiny_config(tmp_path, "gpt2", STEPS, **SMALL, **layout), 6, tp=2, pp=2)
     out = capfd.readouterr().out
     assert "equal to its row" in out or all(float(part.split(")")[0]) < 1e-5 for part in out.split("(by ")[1:])
+
+
+@pytest.mark.parametrize(("finetune", "start"), [(False, 6), (True, 0)])
+def test_a_run_begun_with_another_ones_checkpoint_is_replayed_from_there(
+    finetune: bool, start: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its own first checkpoint is of step 8: steps before it begin with the weights that the run began with."""
+    run_ranks(train_it, tiny_config(tmp_path, "gpt2", STEPS + 4, **SMALL | {"exit_interval": 6}))
+    own = {"run_dir": str(tmp_path / "own"), "load": str(tmp_path / "run"), "save_interval": 8, "lr": 5e-4}
+    cfg = tiny_config(tmp_path, "gpt2", STEPS + 4, **SMALL | own | {"finetune": finetune})
+    run_ranks(start_it, cfg)
+    capfd.readouterr()
+    for step, before in ((7, start), (8, start), (9, 8)):
+        run_ranks(start_it, cfg, step)
+        out = capfd.readouterr().out
+        other = tmp_path / ("run" if before < 8 else "own")
+        assert f"replaying step {step}, from step {before} ({other}/checkpoints/step_" in out
+        assert "equal to its row of metrics.jsonl" in out
+    if not finetune:
+        with pytest.raises(ConfigError, match=r"from 7 to 12: it began with .*run/checkpoints/step_00000006"):
+            prepared_before(with_start(tiny_prepared(cfg), {}), 6)
+
+
+def start_it(mesh: Mesh, cfg: Config, replayed: int | None = None) -> None:
+    """Train as the command does, or replay a step."""
+    prepared = with_start(tiny_prepared(cfg), {})
+    if replayed is None:
+        train(build_run(prepared, mesh))
+    else:
+        assert run_again(build_run(prepared_before(prepared, replayed), mesh), replayed)
 
 
 def test_what_differs_is_named_with_both_values() -> None:
@@ -150,6 +176,8 @@ def test_a_step_that_was_rolled_back_is_replayed_with_its_data(tmp_path: Path) -
         before = prepared_before(prepared, step)
         assert before.start_step == start and not before.leaves_out(step)
     assert prepared_before(prepared, 6).plan.left_out == ((48, 60),)
+    # Of step 8 the second half was trained on, after no step 7: so it is again.
+    assert prepared_before(prepared, 8).plan.left_out == ((48, 60),) and prepared_before(prepared, 8).leaves_out(7)
     # Of another rollback, whose gap begins before the checkpoint of step 6: that has seen other samples.
     further = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, left_out=((24, 32),)))
     assert prepared_before(further, 7).start_step == 3 and prepared_before(further, 4).plan.left_out == ()

@@ -5,6 +5,7 @@ import itertools
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from tiny_runs import tiny_config, tiny_prepared, whole_state
 
+from megapoly.checkpoint import folders
 from megapoly.checkpoint.folders import step_folders
 from megapoly.checkpoint.load import CheckpointReader
-from megapoly.checkpoint.rollbacks import NAME, Rollback, read_rollbacks
+from megapoly.checkpoint.rollbacks import NAME, Rollback, read_rollbacks, write_rollbacks
 from megapoly.checkpoint.save import Saver
 from megapoly.data.curriculum import united
 from megapoly.data.plan_changes import plan_changes
@@ -26,8 +28,9 @@ from megapoly.data.realised import without_times
 from megapoly.errors import CheckpointError, Echo, TroubleError
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
+from megapoly.train import rollback
 from megapoly.train.loop import train
-from megapoly.train.prepare import with_left_out, with_start
+from megapoly.train.prepare import with_start
 from megapoly.train.setup import Run, build_run
 from megapoly.train.step import train_step
 
@@ -46,12 +49,7 @@ def go(mesh: Mesh, cfg: Config, spikes: tuple[int, ...], left_out: tuple[tuple[i
     """Train to the end or exit_interval, resuming; the gradients of some steps come out 1000 times too large."""
     prepared = tiny_prepared(cfg)
     prepared = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, left_out=left_out))
-    if Path(cfg.logging.run_dir, "checkpoints/latest").exists():
-        reader = CheckpointReader.open(cfg.logging.run_dir)
-        plan = with_left_out(prepared.plan, reader, is_resume=True)
-        assert plan.fingerprint(reader.samples) == reader.state["plan_fingerprint"]
-        prepared = dataclasses.replace(prepared, checkpoint=reader, is_resume=True, plan=plan)
-    run = build_run(prepared, mesh)
+    run = build_run(with_start(prepared, {}), mesh)
     finish, now = run.buffers.finish, 0
 
     def stepping(run: Run, step: int) -> Any:
@@ -85,9 +83,9 @@ def test_a_run_rolled_back_is_as_if_the_plan_had_never_had_the_data(
     assert [row["step"] for row in rows(cfg)] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows(cfg) if "left_out" in row] == [7, 8, 9, 10]
     assert [row["samples"] for row in rows(cfg)] == [8 * step for step in range(1, STEPS + 1)]
-    (rollback,) = read_rollbacks(tmp_path / "spiked/checkpoints")
-    assert dataclasses.replace(rollback, why="") == Rollback(step=9, why="", to=6, begin=48, end=80)
-    assert rollback.why.startswith("the gradient norm is ")
+    (record,) = read_rollbacks(tmp_path / "spiked/checkpoints")
+    assert dataclasses.replace(record, why="") == Rollback(step=9, why="", to=6, begin=48, end=80)
+    assert record.why.startswith("the gradient norm is ")
     assert "  step 9: back to step 6; samples 48 to 80 are left out" in out
     assert out.count("samples 48 to 80 are left out (of 128) after a spike") == 1
     with pytest.raises(AssertionError):  # the data do matter
@@ -155,6 +153,24 @@ def test_a_save_under_way_does_not_outrun_a_rollback(tmp_path: Path) -> None:
     assert CheckpointReader.open(root).step == 3 and [folder.name for folder in step_folders(root)] == ["step_00000003"]
 
 
+def test_saves_that_fail_before_and_after_a_rollback_are_in_a_row(tmp_path: Path) -> None:
+    """Those of steps 6 and 7; at step 8 the run goes back to 5, leaves out 6 to 9, and the save of 10 is the third."""
+    failed = []
+
+    def failing(self: Saver, job: Any, mine: Any) -> None:
+        if job.step > 5:
+            failed.append(job.step)
+            raise OSError(28, "No space left on device")
+        write_shard(self, job, mine)
+
+    with (
+        patch.object(Saver, "_write_shard", failing),
+        pytest.raises(CheckpointError, match="3 saves in a row failed"),
+    ):
+        run_ranks(go, config(tmp_path, "run", save_interval=1), (8,))
+    assert failed == [6, 7, 10] and CheckpointReader.open(tmp_path / "run").step == 5
+
+
 def test_both_directories_go_back_and_a_later_start_takes_nothing_that_was_given_up(tmp_path: Path) -> None:
     """Back from step 9 to 3 without steps 5 to 12: the checkpoint of step 6 has seen some of them and is none of the run."""
     cfg = config(tmp_path, "run", rollback_steps=4, rollback_batches=8, save_copy=str(tmp_path / "copy"))
@@ -162,7 +178,7 @@ def test_both_directories_go_back_and_a_later_start_takes_nothing_that_was_given
     roots = [tmp_path / "run/checkpoints", tmp_path / "copy"]
     for root in roots:
         assert [int(folder.name[5:]) for folder in step_folders(root)] == [16, 15, 3]
-        assert [rollback.to for rollback in read_rollbacks(root)] == [3]
+        assert [record.to for record in read_rollbacks(root)] == [3]
         for step in (15, 16):
             (root / f"step_{step:08d}/metadata.json").unlink()
     started = with_start(tiny_prepared(cfg), {})
@@ -176,6 +192,74 @@ def resume(mesh: Mesh, cfg: Config) -> dict[str, torch.Tensor]:
     run = build_run(with_start(tiny_prepared(cfg), {}), mesh)
     assert train(run)
     return whole_state(run)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_kill_at_any_moment_of_going_back_ends_in_the_same_run(number: int, tmp_path: Path) -> None:
+    """Two directories: `latest` goes back and step 6 is deleted in each, then each gets the record. One more start."""
+    options = {"rollback_steps": 4, "rollback_batches": 8}
+    expected = run_ranks(go, config(tmp_path, "straight", **options), (9,))[0]
+    cfg = config(tmp_path, "parts", **options, save_copy=str(tmp_path / "copy"))
+    acts = itertools.count()
+
+    def dying(act: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(acts) == number:
+                raise KeyboardInterrupt
+            return act(*args)
+
+        return call
+
+    def write(*args: Any) -> None:
+        with (
+            patch.object(folders, "_point", dying(folders._point)),
+            patch.object(folders, "remove", dying(folders.remove)),
+            patch.object(rollback, "write_rollbacks", dying(write_rollbacks)),
+        ):
+            write_all(*args)
+
+    write_all = rollback._write
+    with patch.object(rollback, "_write", write), pytest.raises(KeyboardInterrupt):
+        run_ranks(go, cfg, (9,))
+    assert next(acts) == number + 1
+    resumed = run_ranks(go, cfg, (9,))[0]
+    assert resumed["left_out"] == expected["left_out"] == [(32, 96)]
+    for name, tensor in expected["state"].items():
+        assert torch.equal(resumed["state"][name], tensor), name
+    assert rows(cfg) == rows(config(tmp_path, "straight"))
+    for root in (tmp_path / "parts/checkpoints", tmp_path / "copy"):
+        assert [record.to for record in read_rollbacks(root)] == [3]
+        assert [int(folder.name[5:]) for folder in step_folders(root)] == [16, 15, 3]
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_gap_that_another_batch_size_cuts_leaves_out_the_same_samples(dp: int, tmp_path: Path) -> None:
+    """Samples 48 to 80, then a second stage from 64 on whose batches became 12 samples: that of step 10 begins at 76."""
+    stages = [
+        {"name": "one", "tokens": 64 * 16, "non_english_share": 0.3},
+        {"name": "two", "tokens": 64 * 16, "non_english_share": 0.6},
+    ]
+    usual = {"lr_decay_style": "constant"}  # the number of steps changes
+    changed = {"stages": [stages[0], stages[1] | {"global_batch_size": 12}]} | usual
+    with (
+        patch("megapoly.train.loop.introduce", side_effect=[None, KeyboardInterrupt]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run_ranks(go, config(tmp_path, "parts", stages=stages, **usual), (9,))
+    assert CheckpointReader.open(tmp_path / "parts").step == 6
+    cfg = config(tmp_path, "parts", **changed)
+    results = run_ranks(go, cfg, (), dp=dp)
+    assert results[0]["left_out"] == [(48, 80)]
+    told = rows(cfg)
+    if dp == 1:  # the first steps had one rank
+        expected = run_ranks(go, config(tmp_path, "never", **changed), (), ((48, 80),))[0]
+        for name, tensor in expected["state"].items():
+            assert torch.equal(results[0]["state"][name], tensor), name
+        assert told == rows(config(tmp_path, "never", **changed))
+    assert [row["step"] for row in told if "left_out" in row] == [7, 8, 9]
+    tokens = {row["step"]: sum(row["tokens_by_source"].values()) for row in told if "left_out" not in row}
+    assert tokens[6] == 8 * 16 and tokens[10] == 8 * 16 and tokens[11] == 12 * 16
+    assert sum(tokens.values()) == (128 - 32) * 16
 
 
 def stop_in(mesh: Mesh, cfg: Config, spike: int, after: int) -> list[Any]:
@@ -223,7 +307,7 @@ def test_rollbacks_have_an_end(tmp_path: Path) -> None:
     """Spikes at steps 9 and 13; where a second rollback is not allowed, the run ends at it in one line."""
     twice = run_ranks(go, config(tmp_path, "twice", rollback_batches=2), (9, 13))[0]
     assert twice["left_out"] == [(56, 72), (88, 104)]
-    assert [rollback.to for rollback in read_rollbacks(tmp_path / "twice/checkpoints")] == [6, 9 - 3]
+    assert [record.to for record in read_rollbacks(tmp_path / "twice/checkpoints")] == [6, 9 - 3]
     cfg = config(tmp_path, "once", rollback_batches=2, max_rollbacks=1)
     ends = run_ranks(refused, cfg, (9, 13), dp=2)
     assert ends[0].startswith("TroubleError: step 13: the gradient norm is ") and ends[1].startswith("Echo: ")
