@@ -133,6 +133,12 @@ def _pointer(root: Path, name: str, token: str) -> Path:
     return pointer
 
 
+def _point(root: Path, name: str, token: str) -> None:
+    """Make `latest` name a folder."""
+    _pointer(root, name, token).replace(root / LATEST)
+    sync_directory(root)
+
+
 def remove(folder: Path, token: str) -> None:
     """Delete a checkpoint; it has lost its name before the first of its files goes."""
     old = folder.with_name(f".{folder.name}.{token}.old")
@@ -150,8 +156,7 @@ def go_back(root: Path, step: int, token: str) -> list[Path]:
     folders = step_folders(root)
     kept = next((folder for folder in folders if int(folder.name[5:]) <= step), None)
     if kept is not None:
-        _pointer(root, kept.name, token).replace(root / LATEST)
-        sync_directory(root)
+        _point(root, kept.name, token)
     elif (root / LATEST).exists():
         (root / LATEST).unlink()
         sync_directory(root)
