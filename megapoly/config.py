@@ -20,6 +20,7 @@ from megapoly.yaml12 import parse_yaml
 SECTIONS: dict[str, type] = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
 LEAVES: dict[str, str] = {leaf.name: section for section, cls in SECTIONS.items() for leaf in dataclasses.fields(cls)}
 YAML_ONLY = ("sources", "stages")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last ones: halves of characters, or bytes of a flag
 
 
 def preset_names() -> list[str]:
@@ -97,6 +98,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     if hint is str and isinstance(value, str):
+        if _UNPRINTABLE.search(value):
+            raise ConfigError(
+                f"{where} is no text: {ascii(value)[:80]} (control characters, or bytes that are not UTF-8)"
+            )
         return value
     if typing.get_origin(hint) is list and isinstance(value, list):
         (inner,) = typing.get_args(hint)

@@ -16,8 +16,8 @@ from megapoly.errors import CheckpointError
 from megapoly.sections import CheckpointConfig
 
 SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
-_STEP = re.compile(r"step_[0-9]{8,}")
-_LEFTOVER = re.compile(r"\.(step_[0-9]{8,})\.[0-9a-f]+\.(tmp|old|latest)")
+_STEP = re.compile(r"step_[0-9]{8,18}")
+_LEFTOVER = re.compile(r"\.(step_[0-9]{8,18})\.[0-9a-f]+\.(tmp|old|latest)")
 LATEST = "latest"
 
 
@@ -145,7 +145,7 @@ def remove(folder: Path, token: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     sync_directory(folder.parent)
-    shutil.rmtree(old)
+    _delete(old)
 
 
 def go_back(root: Path, step: int, token: str) -> list[Path]:
@@ -188,8 +188,13 @@ def sweep(root: Path) -> list[Path]:
         sync_directory(root)
     left = [path for path in root.glob(".step_*") if _LEFTOVER.fullmatch(path.name)]
     for path in left:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _delete(path)
     return left
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -40,7 +40,8 @@ def read_rollbacks(root: Path) -> list[Rollback]:
         raise CheckpointError(f"{path}: is no list of rollbacks; mend it or remove the file")
     for entry in entries:
         found = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
-        if found != kinds or not 0 <= entry["begin"] < entry["end"]:
+        is_sound = found == kinds and all(0 <= entry[key] < 2**62 for key, kind in kinds.items() if kind is int)
+        if not is_sound or not entry["begin"] < entry["end"]:
             raise CheckpointError(f"{path}: {str(entry)[:80]} is no rollback that can be; mend it or remove the file")
     return [Rollback(**entry) for entry in entries]
 
@@ -53,7 +54,7 @@ def rollbacks_of(roots: Sequence[Path]) -> list[Rollback]:
 def write_rollbacks(root: Path, rollbacks: Sequence[Rollback]) -> None:
     """Replace the record durably."""
     entries = [dataclasses.asdict(rollback) for rollback in rollbacks]
-    write_durably(root / NAME, json.dumps(entries, indent=1, ensure_ascii=False).encode())
+    write_durably(root / NAME, json.dumps(entries, indent=1).encode())
     sync_directory(root)
 
 

@@ -83,14 +83,14 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
         row = _row(line, where)
         if number == 0:
             first = max(row["step"], 1)
-        if row["step"] != first + number or not ends[-1] < row["samples"] <= plan.num_samples:
+        if not row["step"] == first + number < MOST or not ends[-1] < row["samples"] <= plan.num_samples:
             raise DataError(f"{where}: step {row['step']} to sample {row['samples']} does not follow")
         ends.append(row["samples"])
         is_read_R[number] = row.get("left_out") is not True
         for cells, key in ((tokens_RS, "tokens_by_source"), (losses_RS, "loss_by_source")):
             for name, value in row[key].items():
                 if name not in column:
-                    raise DataError(f"{where}: source '{name}' is not in the plan")
+                    raise DataError(f"{where}: source '{name[:60]}' is not in the plan")
                 cells[number, column[name]] = value
     if first > 1:  # it went on from a checkpoint elsewhere
         ends[0] = ends[1] - -(-int(tokens_RS[0].sum()) // plan.block_length)

@@ -107,7 +107,7 @@ def _require_replaceable(target: Path) -> None:
             written = {MANIFEST, *json.loads((target / MANIFEST).read_text(encoding="utf-8"))["files"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{target / MANIFEST}: damaged ({error}); choose another --save") from None
-    if foreign := present - written:
+    if foreign := present - {name for name in written if (target / str(name)).is_file()}:
         raise CheckpointError(f"{target}: holds '{min(foreign)}', which no export wrote; choose another --save")
 
 

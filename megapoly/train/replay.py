@@ -192,11 +192,11 @@ def recorded(path: Path, step: int) -> dict[str, Any] | None:
     """A step's row of metrics.jsonl; None where it has none."""
     if not path.is_file():
         return None
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # the line that was being written when the run was killed
+        except (ValueError, RecursionError):
+            continue  # the line that was being written when the run was killed, or none of ours
         if isinstance(row, dict) and row.get("step") == step:
             return None if "left_out" in row else row
     return None
@@ -209,11 +209,12 @@ def compared(again: dict[str, Any], row: dict[str, Any] | None) -> str:
     differing = []
     for key, now in again.items():
         for name, value in now.items() if isinstance(now, dict) else ((None, now),):
-            was = row.get(key)
+            was: Any = row.get(key)
             was = was.get(name) if isinstance(was, dict) else was
             value = value if math.isfinite(value) else None
             if was != value:
                 label = key if name is None else f"{key} of {name}"
-                by = f" (by {abs(value - was) / abs(was):.2g})" if was and value is not None else ""
-                differing.append(f"{label} was {was} and is {value}{by}")
+                is_number = type(was) is float and was != 0 and value is not None
+                by = f" (by {abs(value - was) / abs(was):.2g})" if is_number else ""
+                differing.append(f"{label} was {str(was)[:40]} and is {value}{by}")
     return "equal to its row of metrics.jsonl" if not differing else f"differs from its row: {'; '.join(differing)}"

@@ -67,8 +67,12 @@ class FirstBad:
         """
         if not self.places:
             return owned_grad.new_full((), math.inf, dtype=torch.float64)
-        peaks = torch.stack(torch._foreach_norm([owned_grad[place] for place in self.places], math.inf))
-        return torch.where(peaks.isfinite(), math.inf, self.numbers).min()
+        parts = [owned_grad[place] for place in self.places]
+        if owned_grad.device.type == "cpu":  # where torch takes ten times as long for these norms
+            peaks = torch.stack([end for part in parts for end in torch.aminmax(part)]).view(-1, 2)
+        else:
+            peaks = torch.stack(torch._foreach_norm(parts, math.inf))[:, None]
+        return torch.where(peaks.isfinite().all(1), math.inf, self.numbers).min()
 
     def name(self, number: float) -> str | None:
         """The parameter of a number; None for inf."""

@@ -5,20 +5,25 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from fake_run import fake_run
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
-from tiny_runs import reseal, tiny_config, tiny_prepared, tiny_run, whole_state
+from tiny_runs import VOCAB, reseal, tiny_config, tiny_prepared, tiny_run, whole_state
 
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checks import check
+from megapoly.config import load_config
 from megapoly.errors import CheckpointError, ConfigError, Echo, TroubleError
+from megapoly.optim.arrears import Arrears
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config, ResilienceConfig
 from megapoly.train.loop import train
+from megapoly.train.prepare import resolve
 from megapoly.train.setup import Run, build_run
 from megapoly.train.step import train_step
 from megapoly.train.trouble import Past
@@ -122,6 +127,32 @@ def test_a_norm_beyond_fp32_is_told_from_an_entry(tmp_path: Path) -> None:
     train_step(run, 1)
     run.watch.settle()
     assert "norm is beyond fp32" in run.watch.notes[1] and run.optimizer.num_steps == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_whatever_is_not_finite_in_a_gradient_is_found(value: float, tmp_path: Path) -> None:
+    run = tiny_run(single_process_mesh(), tiny_config(tmp_path, "llama", **SMALL))
+    poison(run, ("final_norm.weight", "layers.1.mlp.down.weight"), value)
+    train_step(run, 1)
+    run.watch.settle()
+    assert "first of layers.1.mlp.down.weight" in run.watch.notes[1]
+
+
+@pytest.mark.parametrize("policy", ["rollback", "skip"])
+def test_a_step_has_the_host_wait_for_nothing_that_it_computes(policy: str) -> None:
+    """On tensors without storage each look from the host is an error; what steps before it left is given."""
+    flags = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "bf16": True, "spike_policy": policy}
+    cfg = resolve(load_config("tiny", flags), has_cuda=True)
+    for rank in (0, 7):
+        with (
+            fake_run(cfg, VOCAB, 8, rank) as run,
+            patch.object(Arrears, "read", lambda self: [1.0] * self._copy.numel()),
+        ):
+            for step in (1, 2, 3):
+                stats = train_step(run, step)
+            assert len(run.watch.losses.values) == 2
+            with pytest.raises(RuntimeError, match="meta"):
+                stats.grad_norm.item()
 
 
 def too_many(mesh: Mesh, cfg: Config) -> list[Any]:
