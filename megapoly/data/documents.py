@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megapoly.data.text_input import Chunk, Rows, Wanted, read_lines, too_long
+from megapoly.data.text_input import Chunk, Limits, Rows, Wanted, is_compressed, read_chunks, read_lines, too_long
 from megapoly.errors import DataError
 
 UNKNOWN_LANGUAGE = "und"
+CHECKED_BYTES = 1 << 30  # of a compressed file: about ten seconds
 _CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8}){0,3}")
 
 
@@ -62,7 +64,21 @@ def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str
                 _utf8(document[key], key, UNKNOWN_LANGUAGE)
                 yield document
             except BadLine as bad:
-                raise DataError(f"{path}, line {number}: {bad}") from None
+                raise bad_line_error(path, number, bad) from None
+
+
+def bad_line_error(path: str, number: int, bad: BadLine, advice: str = "", limits: Limits = Limits()) -> DataError:
+    """The error for a line that is no document; where its archive as a whole is damaged, that is why, and the error."""
+    if is_compressed(path):
+        if os.path.getsize(path) > CHECKED_BYTES:
+            tool = "gzip" if path.endswith(".gz") else "zstd"
+            return DataError(f"{path}, line {number}: {bad}{advice}; `{tool} -t` tells whether the file is damaged")
+        try:
+            for _ in read_chunks([path], Wanted(skip_bad_lines=True, limits=limits)):
+                pass
+        except DataError as damage:
+            return damage
+    return DataError(f"{path}, line {number}: {bad}{advice}")
 
 
 def documents_of(chunk: Chunk, wanted: Wanted) -> Iterator[tuple[int, Document | BadLine]]:
