@@ -67,14 +67,14 @@ def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str
                 raise bad_line_error(path, number, bad) from None
 
 
-def bad_line_error(path: str, number: int, bad: BadLine, advice: str = "", limits: Limits = Limits()) -> DataError:
+def bad_line_error(path: str, number: int, bad: BadLine, advice: str = "", limits: Limits | None = None) -> DataError:
     """The error for a line that is no document; where its archive as a whole is damaged, that is why, and the error."""
     if is_compressed(path):
         if os.path.getsize(path) > CHECKED_BYTES:
             tool = "gzip" if path.endswith(".gz") else "zstd"
             return DataError(f"{path}, line {number}: {bad}{advice}; `{tool} -t` tells whether the file is damaged")
         try:
-            for _ in read_chunks([path], Wanted(skip_bad_lines=True, limits=limits)):
+            for _ in read_chunks([path], Wanted(skip_bad_lines=True, limits=limits or Limits())):
                 pass
         except DataError as damage:
             return damage

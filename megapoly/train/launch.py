@@ -1,4 +1,4 @@
-"""torchrun as `bash examples/..` starts it: it ends with the status of its ranks, and is silent where they have spoken."""
+"""torchrun as `bash examples/..` starts it: ends with the status of its ranks, in silence where they have spoken."""
 
 import logging
 import signal

@@ -19,7 +19,6 @@ from megapoly.data.clean.settings import CODE, Settings
 from megapoly.data.documents import BadLine, bad_line_error, documents_of, identity, language_code, parse_document
 from megapoly.data.indexed import sync_directory
 from megapoly.data.text_input import Chunk, Rows, Wanted, read_chunks, too_long
-from megapoly.errors import DataError
 
 Fields = dict[str, Any]
 
