@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,13 @@ def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str
                 yield document
             except BadLine as bad:
                 raise bad_line_error(path, number, bad) from None
+
+
+def no_documents(inputs: Sequence[str], counts: Mapping[str, int]) -> DataError:
+    """The error for inputs without a document; `counts` says what is there instead."""
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no lines at all"
+    shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
+    return DataError(f"{shown}: no documents to write ({found}); give files with text as --input")
 
 
 def bad_line_error(path: str, number: int, bad: BadLine, advice: str = "", limits: Limits | None = None) -> DataError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megapoly.data.documents import BadLine, documents_of, identity, is_held_out, read_documents
+from megapoly.data.documents import BadLine, documents_of, identity, is_held_out, no_documents, read_documents
 from megapoly.data.encode import Batch, Job, encode_chunks
 from megapoly.data.indexed import PACK_NOTE, IndexedDatasetWriter, publish, token_dtype
 from megapoly.data.packed import PackNote, write_note
@@ -257,7 +257,8 @@ def _encode_all(
                 run.workspace.save(run.state("encode", position, outputs.sync(), summary))
                 saved = time.monotonic()
         if not summary.documents:
-            raise _no_documents(run.inputs, summary)
+            counts = {"empty": summary.empty, "held out": summary.held_out, "bad lines": summary.bad_lines.total()}
+            raise no_documents(run.inputs, counts)
         phase = "index" if run.shuffle_seed is None and run.pack_length is None else "shuffle"
         state = run.state(phase, position, outputs.sync(), summary)
         run.workspace.save(state)
@@ -323,13 +324,6 @@ def _check_packing(pack_length: int | None, append_eod: bool) -> None:
             f"pack_length ({pack_length}) needs append_eod: nothing else tells the documents of a row apart; "
             "give --append-eod"
         )
-
-
-def _no_documents(inputs: Sequence[str], s: Summary) -> DataError:
-    counts = {"empty": s.empty, "held out": s.held_out, "bad lines": sum(s.bad_lines.values())}
-    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no lines at all"
-    shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
-    return DataError(f"{shown}: no documents to write ({found}); give files with text as --input")
 
 
 def _summary(state: dict[str, Any] | None) -> Summary:

@@ -131,7 +131,7 @@ def test_signs_of_less_and_greater_in_prose_are_no_markup(text: str) -> None:
     [
         ("one<p>two<p>three", "one\ntwo\nthree"),
         ("<p>one <b>`x`</b><input> two", "one `x` two"),  # closed behind code
-        ("<td width=3>4<td>5", "4 5"),
+        ("<td width=3>4<td>5", " 4 5"),
         ("one<br>two<HR/>three<i class=x>", "one\ntwo\nthree"),
         ("<body><img>one</div>", "one"),
         ("</b>a<i>b<b>c", "a<i>bc"),
