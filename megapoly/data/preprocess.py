@@ -301,9 +301,7 @@ def _check_options(workers: int, valid_fraction: float, on_bad_line: str, wanted
         raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
     if on_bad_line not in ("error", "skip"):
         raise DataError(f"on_bad_line '{on_bad_line}' is unknown; known: error, skip")
-    keys, limits = wanted.outputs, wanted.limits
-    if limits.line_bytes < 1 or not limits.expansion >= 1:
-        raise DataError(f"max_line_bytes ({limits.line_bytes}), max_expansion ({limits.expansion}): give at least 1")
+    keys = wanted.outputs
     names = [*keys, *(f"valid_{key}" for key in keys if valid_fraction)]
     if not keys:
         raise DataError("json_keys: give at least one key")

@@ -34,10 +34,19 @@ _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
 @dataclass(frozen=True)
 class Limits:
-    """The longest line (or value of Parquet) in bytes, and the most bytes of text for a byte of a compressed file."""
+    """The longest line (or value of Parquet) in bytes, and the most bytes of text for a byte of a compressed file.
+
+    Raises DataError where nothing could be read within them.
+    """
 
     line_bytes: int = MAX_LINE_BYTES
     expansion: float = MAX_EXPANSION
+
+    def __post_init__(self) -> None:
+        if self.line_bytes < 1:
+            raise DataError(f"--max-line-mib ({self.line_bytes / 2**20:g}) must be above 0")
+        if not self.expansion >= 1:
+            raise DataError(f"--max-expansion ({self.expansion:g}) must be at least 1")
 
 
 @dataclass(frozen=True)

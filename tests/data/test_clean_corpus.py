@@ -275,6 +275,11 @@ def test_damaged_and_missing_files_end_in_one_line(inputs: list[str], tmp_path: 
     for arguments, message in (
         (["--input", str(damaged), inputs[0]], "damaged.jsonl.gz: damaged or truncated"),
         (["--input", inputs[0], "--sbatch", "account"], "NAME=VALUE"),
+        (["--input", inputs[0], "--max-line-mib", "0"], "--max-line-mib (0) must be above 0"),
+        (
+            ["--input", inputs[0], "--config", "no.yaml"],
+            "error: no.yaml: cannot be read: No such file or directory; check",
+        ),
     ):
         command = [
             sys.executable,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -272,6 +273,7 @@ def test_what_is_packed_decides_the_fingerprint_and_is_named() -> None:
     said = [[str(change) for change in plan_changes(old, ours) if change.since == 0] for old in (fewer, plain)]
     assert "source 'web-ko' was 624 packed rows and is 625 packed rows" in said[0]
     assert "source 'web-ko' was not packed and is 625 packed rows" in said[1]
+    assert re.search(r"had 0\.3 non-English and has 0\.3 \(shares of samples: 'web-ko' 0\.3 -> 0\.3\d+, ", said[1][1])
     assert plan_changes(ours, dialled()) == []
     assert list(map(str, plan_changes(streaming, brimming))) == ["source 'web-ko' was not packed and is 90 packed rows"]
 

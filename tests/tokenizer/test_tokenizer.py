@@ -148,7 +148,7 @@ def test_a_vocabulary_that_is_too_large_names_the_largest(tmp_path: Path, kind: 
     assert os.listdir(tmp_path) == []
     train(caught.value.largest)
     assert load_tokenizer(HF if kind == "byte-level" else SP, path).vocab_size == caught.value.largest
-    with pytest.raises(TokenizerError, match=r"vocab_size \(100\) must be at least"):
+    with pytest.raises(TokenizerError, match=r"vocab_size \(100\) must lie between (257|260) \("):
         train(100)
 
 
