@@ -61,6 +61,11 @@ def train_sentencepiece(
     `special_tokens` follow as control symbols, which no text becomes.
     Equal texts give an equal file. Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
+    if model_path.endswith(".json") or os.path.isdir(model_path):
+        raise TokenizerError(
+            f"{model_path}: a SentencePiece model is one file, such as {Path(model_path).stem}.model; give such a "
+            "name, or --tokenizer-type HuggingFaceTokenizer for a .json or directory"
+        )
     check_vocab_size(vocab_size, len(_CONTROL) + len(special_tokens))
     _check_special_tokens([*_CONTROL, *special_tokens])
     if model_type not in ("bpe", "unigram"):
@@ -109,6 +114,11 @@ def train_byte_level_bpe(
     is encoded later needs none (Polyglot-Ko, arXiv 2306.02254, with MeCab).
     Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
+    if path.endswith(".model"):
+        raise TokenizerError(
+            f"{path}: byte-level BPE has no .model; give a .json or directory, "
+            "or --tokenizer-type SentencePieceTokenizer"
+        )
     check_vocab_size(vocab_size, len(special_tokens), characters=0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     _check_special_tokens(special_tokens)
