@@ -164,9 +164,6 @@ def preprocess(
                 backend, unlike, why = choose_backend(tokenizer_backend, tokenizer, _sample(run.inputs, wanted))
                 job = Job(tokenizer_type, tokenizer_model, backend, unlike, *frame, valid_fraction, wanted)
                 with Progress(sum(item["bytes"] for item in run.described), log_interval, log, bar) as progress:
-                    for output in map(run.output, run.names):
-                        if Path(f"{output}.idx").exists():
-                            progress.say(f"{output}: is there already and will be replaced when all is done")
                     progress.say(f"tokenizing by {backend}" + (f"; not by gigatoken: {why}" if why else ""))
                     return _carry_out(run, job, tokenizer, workers, state, progress)
             finally:
@@ -205,6 +202,9 @@ def _carry_out(
     summary = _summary(state)
     summary.backend = job.backend
     begin, phase, before = time.monotonic(), state["phase"] if state else "encode", summary.text_bytes
+    for output in map(run.output, run.names):
+        if Path(f"{output}.idx").exists():
+            progress.say(f"{output}: is there already and will be replaced when all is done")
     if state:
         done = summary.all
         progress.say(f"going on behind {done.documents + done.held_out} documents of an interrupted run ({phase})")
