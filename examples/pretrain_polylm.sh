@@ -5,10 +5,10 @@
 #   torchrun --nproc-per-node 8 examples/pretrain_polylm.sh [--config NAME_OR_YAML] [--flag value ..]
 #   bash examples/pretrain_polylm.sh [the same flags]         one rank a GPU, or NPROC ranks
 here="$(cd "$(dirname "$0")/.." && pwd)"
-[ -x "$here/.venv/bin/torchrun" ] && PATH="$here/.venv/bin:$PATH"
+[ -x "$here/.venv/bin/python3" ] && PATH="$here/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 gpus="$(nvidia-smi -L 2>/dev/null | wc -l)"
-exec torchrun --standalone --nproc-per-node "${NPROC:-$((gpus > 0 ? gpus : 1))}" "$0" "$@"
+exec python3 -P -m megapoly.train.launch --standalone --nproc-per-node "${NPROC:-$((gpus > 0 ? gpus : 1))}" "$0" "$@"
 '''
 from pathlib import Path
 

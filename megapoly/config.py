@@ -113,6 +113,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return build(typing.cast(type, hint), value, where)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     kind = "a list" if typing.get_origin(hint) is list else names.get(hint, "a mapping of keys")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind += " within 1e300" if hint is float and is_number else ""
     kind += " or a mapping of keys" * (hint is float and takes_mapping)
     raise ConfigError(f"{where} must be {kind}, not {repr(value)[:80]}{_as_number(value) * (hint in (int, float))}")
 

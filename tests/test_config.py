@@ -63,6 +63,7 @@ def test_layers_file_over_preset_over_tiny_and_flags_last(tmp_path: Path) -> Non
         ("curriculum: {stages: [{tokens: 1.5 T}]}", "a whole number, not '1.5 T'; write 1.5e12"),
         ("curriculum: {stages: [{code_share: 7.5%}]}", "code_share must be a number, not '7.5%'; write 0.075"),
         ("curriculum: {stages: [{non_english_share: [1]}]}", "must be a number or a mapping of keys, not [1]"),
+        ("optimizer: {weight_decay: 1e300}", "weight_decay must be a number within 1e300, not 1e+300"),
         ("curriculum: {stages: [{name: 5}]}", "name must be a string, not 5"),
         ("- a", "top level must be sections"),
         ("model: 3", "section 'model' must hold keys"),

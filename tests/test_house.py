@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "arguments",
+    "pictures",
     "yaml12",
     "sections",
     "config",

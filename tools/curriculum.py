@@ -1,7 +1,6 @@
 """Show a data plan before any training, or what a run has read of it: python tools/curriculum.py CONFIG | --run RUN"""
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from megapoly.data.plan_png import draw_png
 from megapoly.data.plan_report import describe, parse_range, samples, summary
 from megapoly.data.realised import config_of, describe_shares, read_steps, share_report
 from megapoly.errors import ConfigError, exit_on_error
+from megapoly.pictures import checked_png
 
 SYNOPSIS = "usage: tools/curriculum.py {CONFIG | --run RUN} [--json] [--samples A:B] [--png FILE] [--flag value ..]"
 USAGE = (
@@ -42,8 +42,9 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--config", action="append", default=[])
-    for name in ("--run", "--samples", "--png"):
+    for name in ("--run", "--samples"):
         parser.add_argument(name)
+    parser.add_argument("--png", type=checked_png)
     options, rest = parser.parse_known_args(words)
     known = ("run", "json", "samples", "png", "config")
     refuse_unknown([word for word in rest if word.startswith("-")], known=known)
@@ -51,8 +52,6 @@ def main(argv: list[str]) -> None:
     if len(configs) != 1:
         given = f"{len(configs)} configs are given ({', '.join(configs)}); give one"
         raise ConfigError(given if configs else f"no config is given; {SYNOPSIS}")
-    if options.png is not None and not os.path.isdir(os.path.dirname(options.png) or "."):
-        raise ConfigError(f"--png ({options.png}): the folder does not exist")
     cfg = load_config(configs[0], flags)
     check_model(cfg.model)
     check_training(cfg)

@@ -2,7 +2,6 @@
 """Draw a pipeline schedule, proved to run first; its makespan, bubble and memory."""
 
 import math
-import os
 import signal
 import sys
 
@@ -12,6 +11,7 @@ from megapoly.parallel.drawing import draw_png, draw_text
 from megapoly.parallel.schedule import SCHEDULES, check_arguments
 from megapoly.parallel.schedule_check import check_schedule
 from megapoly.parallel.timeline import Costs
+from megapoly.pictures import checked_png
 
 MOST_ACTIONS = 1 << 18
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--costs", default="1,1,1", metavar="F,I,W", help="of a rank: forward, input and weight gradient"
     )
-    parser.add_argument("--png", metavar="FILE", help="draw a picture too")
+    parser.add_argument("--png", type=checked_png, metavar="FILE", help="draw a picture too")
     args = parser.parse_args(argv)
     name, stages, microbatches = args.schedule, args.stages, args.microbatches
     chunks = (2 if name in ("interleaved", "zb-v") else 1) if args.chunks is None else args.chunks
@@ -48,8 +48,6 @@ def main(argv: list[str]) -> None:
     check_arguments(name, stages, chunks, microbatches)
     if (count := 3 * stages * chunks * microbatches) > MOST_ACTIONS:
         raise ConfigError(f"--stages x --chunks x --microbatches has {count} actions; {MOST_ACTIONS} can be shown")
-    if args.png is not None and not os.path.isdir(os.path.dirname(args.png) or "."):
-        raise ConfigError(f"--png ({args.png}): the folder does not exist")
     report = check_schedule(name, stages, chunks, microbatches, costs)
     timeline = report.timeline
     title = f"{name}: stages {stages}, chunks {chunks}, micro-batches {microbatches}, F,I,W {args.costs}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megapoly.arguments import ArgumentParser
 from megapoly.data.preprocess import read_documents
 from megapoly.errors import ConfigError, TokenizerError, exit_on_error
+from megapoly.pictures import checked_png
 from megapoly.tokenizer import train
 from megapoly.tokenizer.fertility import fertility, table, write_png
 from megapoly.tokenizer.load import TOKENIZER_TYPES, Tokenizer, load_tokenizer
@@ -30,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-bytes", type=int, default=1 << 30, help="sample so much text at most")
     add("--evaluate", nargs="+", metavar="FILE", help="text to measure on (default: the input)")
     add("--compare", nargs="+", default=[], metavar="TYPE=PATH", help="other tokenizers to measure beside it")
-    add("--png", help="draw what is measured")
+    add("--png", type=checked_png, metavar="FILE", help="draw what is measured")
     return parser.parse_args()
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     all_of_them = {arguments.output: trained, **others}
     measured = {name: fertility(tokenizer, lambda: documents(text)) for name, tokenizer in all_of_them.items()}
     print(table(measured))
-    if arguments.png:
+    if arguments.png is not None:
         write_png(measured, arguments.png)
 
 

@@ -36,7 +36,8 @@ def _entry(folder: Path, latest: Path | None) -> dict[str, Any]:
     except CheckpointError as error:
         return entry | {"problem": str(error)}
     size = sum(record.size for record in reader.contents.files.values())
-    layout = reader.state.get("layout", {})
+    layout = reader.state.get("layout")
+    layout = layout if isinstance(layout, dict) else {}  # nothing but this listing needs it
     return entry | {"step": reader.step, "samples": reader.samples, "bytes": size, "layout": layout, "problem": None}
 
 

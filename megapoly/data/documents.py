@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megapoly.data.text_input import Chunk, Rows, Wanted, read_lines, too_long
+from megapoly.data.text_input import Chunk, Limits, Rows, Wanted, is_compressed, read_chunks, read_lines, too_long
 from megapoly.errors import DataError
 
 UNKNOWN_LANGUAGE = "und"
+CHECKED_BYTES = 1 << 30  # of a compressed file: about ten seconds
 _CODE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8}){0,3}")
 
 
@@ -62,7 +64,28 @@ def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str
                 _utf8(document[key], key, UNKNOWN_LANGUAGE)
                 yield document
             except BadLine as bad:
-                raise DataError(f"{path}, line {number}: {bad}") from None
+                raise bad_line_error(path, number, bad) from None
+
+
+def no_documents(inputs: Sequence[str], counts: Mapping[str, int]) -> DataError:
+    """The error for inputs without a document; `counts` says what is there instead."""
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no lines at all"
+    shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
+    return DataError(f"{shown}: no documents to write ({found}); give files with text as --input")
+
+
+def bad_line_error(path: str, number: int, bad: BadLine, advice: str = "", limits: Limits | None = None) -> DataError:
+    """The error for a line that is no document; where its archive as a whole is damaged, that is why, and the error."""
+    if is_compressed(path):
+        if os.path.getsize(path) > CHECKED_BYTES:
+            tool = "gzip" if path.endswith(".gz") else "zstd"
+            return DataError(f"{path}, line {number}: {bad}{advice}; `{tool} -t` tells whether the file is damaged")
+        try:
+            for _ in read_chunks([path], Wanted(skip_bad_lines=True, limits=limits or Limits())):
+                pass
+        except DataError as damage:
+            return damage
+    return DataError(f"{path}, line {number}: {bad}{advice}")
 
 
 def documents_of(chunk: Chunk, wanted: Wanted) -> Iterator[tuple[int, Document | BadLine]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megapoly.data.documents import BadLine, Document, documents_of, is_held_out
+from megapoly.data.documents import BadLine, Document, bad_line_error, documents_of, is_held_out
 from megapoly.data.indexed import token_dtype
 from megapoly.data.summary import Counts, counts_of
 from megapoly.data.text_input import Chunk, Position, Wanted
@@ -59,7 +59,8 @@ def encode_chunk(job: Job, tokenizer: Tokenizer, encoder: Encoder, chunk: Chunk)
             bad_lines[found.kind] += 1
             counts_of(languages, found.language).bad_lines += 1
             if not job.wanted.skip_bad_lines:
-                error = f"{chunk.path}, line {number}: {found}; or give --on-bad-line skip"
+                advice = "; or give --on-bad-line skip"
+                error = str(bad_line_error(chunk.path, number, found, advice, job.wanted.limits))
                 break
         else:
             documents.append(found)

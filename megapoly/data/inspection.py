@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megapoly.data.packed import read_note
+from megapoly.data.packed import check_note, read_note
 from megapoly.data.reader import IndexedDataset, check_ids
 from megapoly.errors import DataError
 from megapoly.tokenizer.load import Tokenizer
@@ -61,10 +61,12 @@ class Inspection:
 def inspect(prefix: str, vocab_size: int | None = None, max_tokens: int | None = None) -> Inspection:
     """Check a whole index, and read its tokens, or at most so many, in stretches spread evenly over them.
 
-    Raises DataError for damage and, with a vocab_size, for an id beyond the vocabulary.
+    Raises DataError for damage, a note of packing that is not this pair's, and with a vocab_size an id beyond it.
     """
     dataset, note = IndexedDataset(prefix), read_note(prefix)
     documents = document_lengths(dataset)
+    if note is not None:
+        check_note(note, dataset, int(documents.max(initial=0)))
     counts, read = _count_ids(dataset, vocab_size, max_tokens)
     percentiles = np.percentile(documents, PERCENTILES, method="nearest") if len(documents) else [0] * len(PERCENTILES)
     return Inspection(

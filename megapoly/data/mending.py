@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapoly.data.indexed import CODES, PACK_NOTE, publish, sync_directory
-from megapoly.data.packed import PackNote, read_note, write_note
+from megapoly.data.packed import PackNote, check_note, read_note, write_note
 from megapoly.data.reader import DTYPES, HEADER, INDEX_CHUNK, MAGIC, VERSION, IndexedDataset
 from megapoly.errors import DataError
 
@@ -57,11 +57,17 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     """Write the datasets one after the other as the dataset `output`; returns its (documents, tokens).
 
     Packed ones of one length are packed together. Raises DataError where one is damaged, where they hold different
-    types of ids or are packed otherwise than the others, or where output is one of them.
+    types of ids or are packed otherwise than the others, where one comes twice, or where output is one of them.
     """
     if not prefixes:
         raise DataError("there is nothing to merge: give the prefixes of .bin/.idx pairs")
-    if os.path.realpath(f"{output}.bin") in {os.path.realpath(f"{prefix}.bin") for prefix in prefixes}:
+    seen: set[str] = set()
+    for prefix in prefixes:
+        path = os.path.realpath(f"{prefix}.bin")
+        if path in seen:
+            raise DataError(f"{prefix}: is given twice; give each dataset once and weights in the curriculum")
+        seen.add(path)
+    if os.path.realpath(f"{output}.bin") in seen:
         raise DataError(f"{output}: is one of the datasets that are merged; give another output prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     for dataset in datasets[1:]:
@@ -70,7 +76,7 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
                 f"{dataset.bin_path}: holds ids as {dataset.dtype}, but {datasets[0].bin_path} as {datasets[0].dtype}; "
                 "merge datasets of one vocabulary"
             )
-    note = _note_of_all(prefixes)
+    note = _note_of_all(datasets)
     parts = [(dataset.lengths, dataset.document_index) for dataset in datasets]
     temporary = {kind: f"{output}.{kind}.tmp-{os.getpid()}" for kind in ("bin", "idx", "lengths", "note")}
     try:
@@ -98,9 +104,13 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     return sum(dataset.num_documents for dataset in datasets), expected // datasets[0].dtype.itemsize
 
 
-def _note_of_all(prefixes: Sequence[str]) -> PackNote | None:
+def _note_of_all(datasets: Sequence[IndexedDataset]) -> PackNote | None:
     """What the merged dataset's note says, where all are packed alike."""
+    prefixes = [dataset.prefix for dataset in datasets]
     notes = [read_note(prefix) for prefix in prefixes]
+    for note, dataset in zip(notes, datasets, strict=True):
+        if note is not None:
+            check_note(note, dataset)
     lengths = [None if note is None else note.pack_length for note in notes]
     for prefix, length in zip(prefixes, lengths, strict=True):
         if length != lengths[0]:

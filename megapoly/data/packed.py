@@ -44,11 +44,13 @@ def write_note(path: str, note: PackNote) -> None:
 def read_note(prefix: str) -> PackNote | None:
     """The note beside a pair, None where there is none; DataError where it is damaged."""
     path = prefix + PACK_NOTE
+    if not os.path.lexists(path):
+        return None
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise DataError(f"{path}: is no regular file; {AGAIN}")
     try:
         with open(path, encoding="utf-8") as file:
             found = json.loads(file.read(4096))
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise unreadable(error, path) from None
     except (ValueError, RecursionError):
@@ -59,6 +61,21 @@ def read_note(prefix: str) -> PackNote | None:
     if found["format"] != FORMAT:
         raise DataError(f"{path}: has format {found['format']}; only format {FORMAT} is known")
     return PackNote(*(found[name] for name in names))
+
+
+def check_note(note: PackNote, dataset: IndexedDataset, longest: int = 0) -> None:
+    """Raise DataError where a note is not that of a pair, whose longest row may be given."""
+    path, has = dataset.prefix + PACK_NOTE, (dataset.num_documents, dataset.num_tokens)
+    if (note.rows, note.tokens) != has:
+        raise DataError(
+            f"{path}: belongs to a pair of {note.rows} rows and {note.tokens} tokens, and this one has {has[0]} and "
+            f"{has[1]}; {AGAIN}"
+        )
+    if longest > note.pack_length + 1:
+        raise DataError(
+            f"{path}: says that rows are for samples of {note.pack_length} tokens, and one has {longest}, more than "
+            f"that and one; {AGAIN}"
+        )
 
 
 class PackedDataset(IndexedDataset):
@@ -80,11 +97,7 @@ class PackedDataset(IndexedDataset):
                 f"{prefix}: is packed for samples of {note.pack_length} tokens, not of {length} (block_length); "
                 f"write it again with --pack-length {length}, or give --block-length {note.pack_length}"
             )
-        if (note.rows, note.tokens) != (self.num_documents, self.num_tokens):
-            raise DataError(
-                f"{prefix}{PACK_NOTE}: belongs to a pair of {note.rows} rows and {note.tokens} tokens, and this one "
-                f"has {self.num_documents} and {self.num_tokens}; {AGAIN}"
-            )
+        check_note(note, self)
 
     def __reduce__(self) -> tuple[type, tuple[str, int]]:  # type: ignore[override]
         return PackedDataset, (self.prefix, self.pack_length)

@@ -129,14 +129,20 @@ def _by_place(shares: Shares) -> dict[int, Fraction]:
 
 
 def _moved(old: Plan, new: Plan, was: PlanStage, now: PlanStage) -> str:
-    """The sources whose share of the stage moved most."""
-    there = {source.name: share for source, share in zip(old.sources, old.text_shares(was.shares), strict=True)}
-    here = {source.name: share for source, share in zip(new.sources, new.text_shares(now.shares), strict=True)}
-    moves = {name: float(here.get(name, 0)) - float(there.get(name, 0)) for name in {**there, **here}}
-    most = sorted((name for name in moves if moves[name]), key=lambda name: -abs(moves[name]))
-    shown = [f"'{n}' {float(there.get(n, 0)):.4g} -> {float(here.get(n, 0)):.4g}" for n in most[:MOST_NAMED]]
-    more = f" and {len(most) - MOST_NAMED} more" if len(most) > MOST_NAMED else ""
-    return f" (shares: {', '.join(shown)}{more})" if shown else ""
+    """The sources whose share of the stage moved most; where only padding moved, their share of the samples."""
+    for what, before, after in (
+        ("shares", old.text_shares(was.shares), new.text_shares(now.shares)),
+        ("shares of samples", was.shares, now.shares),
+    ):
+        there = {source.name: float(share) for source, share in zip(old.sources, before, strict=True)}
+        here = {source.name: float(share) for source, share in zip(new.sources, after, strict=True)}
+        moves = [(name, there.get(name, 0.0), here.get(name, 0.0)) for name in {**there, **here}]
+        seen = [move for move in moves if f"{move[1]:.4g}" != f"{move[2]:.4g}"]
+        most = sorted(seen, key=lambda move: -abs(move[2] - move[1]))
+        if most:
+            shown = ", ".join(f"'{name}' {share:.4g} -> {other:.4g}" for name, share, other in most[:MOST_NAMED])
+            return f" ({what}: {shown}{f' and {len(most) - MOST_NAMED} more' if len(most) > MOST_NAMED else ''})"
+    return ""
 
 
 def _tokens(plan: Plan, stage: PlanStage) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from megapoly.data.curriculum import Plan
 from megapoly.data.plan_picture import SAMPLES_OF_WINDOW, Window, colour_of, short, stack_order, windows
 from megapoly.data.realised import Steps, by_language, losses_by_language, planned_shares
-from megapoly.errors import ConfigError
+from megapoly.pictures import save_png
 
 WINDOWS = 400
 LOSS_POINTS = 60
@@ -50,12 +50,10 @@ def groups_of(plan: Plan) -> Groups:
 def draw_png(plan: Plan, path: str, steps: Steps | None = None) -> None:
     """Draw the plan as the sampler serves it, or with the steps of a run what it has read, and its losses.
 
-    ConfigError without matplotlib or a place to write.
+    ConfigError where it cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"{path}: drawing needs matplotlib; pip install 'megapoly[plot]'") from None
+    from matplotlib.figure import Figure
+
     groups = groups_of(plan)
     figure = Figure(figsize=(13, 7.5 if steps else 6.0), layout="constrained")
     heights = [3, 2] if steps else [1]
@@ -74,10 +72,7 @@ def draw_png(plan: Plan, path: str, steps: Steps | None = None) -> None:
     panels[-1].set_xlabel("tokens")
     _name_stages(plan, shares)
     _draw_languages(plan, groups.order, steps, figure.add_subplot(grid[:, 1]))
-    try:
-        figure.savefig(path, format="png", dpi=100)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    save_png(figure, path, 100)
 
 
 def _windows_of_run(plan: Plan, steps: Steps) -> list[Window]:
@@ -159,6 +154,7 @@ def _draw_languages(plan: Plan, order: Sequence[str], steps: Steps | None, axes:
         axes.scatter(x, y, marker="o", s=26, color=colour, alpha=0.75, label=stage.name)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     axes.set_yticks(range(len(order)), order, fontsize=9)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.grid(color="#e3e3e3", linewidth=0.6)

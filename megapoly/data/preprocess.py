@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megapoly.data.documents import BadLine, documents_of, identity, is_held_out, read_documents
+from megapoly.data.documents import BadLine, documents_of, identity, is_held_out, no_documents, read_documents
 from megapoly.data.encode import Batch, Job, encode_chunks
 from megapoly.data.indexed import PACK_NOTE, IndexedDatasetWriter, publish, token_dtype
 from megapoly.data.packed import PackNote, write_note
@@ -202,6 +202,9 @@ def _carry_out(
     summary = _summary(state)
     summary.backend = job.backend
     begin, phase, before = time.monotonic(), state["phase"] if state else "encode", summary.text_bytes
+    for output in map(run.output, run.names):
+        if Path(f"{output}.idx").exists():
+            progress.say(f"{output}: is there already and will be replaced when all is done")
     if state:
         done = summary.all
         progress.say(f"going on behind {done.documents + done.held_out} documents of an interrupted run ({phase})")
@@ -257,7 +260,8 @@ def _encode_all(
                 run.workspace.save(run.state("encode", position, outputs.sync(), summary))
                 saved = time.monotonic()
         if not summary.documents:
-            raise _no_documents(run.inputs, summary)
+            counts = {"empty": summary.empty, "held out": summary.held_out, "bad lines": summary.bad_lines.total()}
+            raise no_documents(run.inputs, counts)
         phase = "index" if run.shuffle_seed is None and run.pack_length is None else "shuffle"
         state = run.state(phase, position, outputs.sync(), summary)
         run.workspace.save(state)
@@ -300,9 +304,7 @@ def _check_options(workers: int, valid_fraction: float, on_bad_line: str, wanted
         raise DataError(f"valid_fraction ({valid_fraction}) must lie in [0, 1)")
     if on_bad_line not in ("error", "skip"):
         raise DataError(f"on_bad_line '{on_bad_line}' is unknown; known: error, skip")
-    keys, limits = wanted.outputs, wanted.limits
-    if limits.line_bytes < 1 or not limits.expansion >= 1:
-        raise DataError(f"max_line_bytes ({limits.line_bytes}), max_expansion ({limits.expansion}): give at least 1")
+    keys = wanted.outputs
     names = [*keys, *(f"valid_{key}" for key in keys if valid_fraction)]
     if not keys:
         raise DataError("json_keys: give at least one key")
@@ -323,13 +325,6 @@ def _check_packing(pack_length: int | None, append_eod: bool) -> None:
             f"pack_length ({pack_length}) needs append_eod: nothing else tells the documents of a row apart; "
             "give --append-eod"
         )
-
-
-def _no_documents(inputs: Sequence[str], s: Summary) -> DataError:
-    counts = {"empty": s.empty, "held out": s.held_out, "bad lines": sum(s.bad_lines.values())}
-    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no lines at all"
-    shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
-    return DataError(f"{shown}: no documents to write ({found}); give files with text as --input")
 
 
 def _summary(state: dict[str, Any] | None) -> Summary:

@@ -84,7 +84,10 @@ def _steps(path: Path, lines: Sequence[str], plan: Plan) -> Steps:
         if number == 0:
             first = max(row["step"], 1)
         if not row["step"] == first + number < MOST or not ends[-1] < row["samples"] <= plan.num_samples:
-            raise DataError(f"{where}: step {row['step']} to sample {row['samples']} does not follow")
+            raise DataError(
+                f"{where}: step {row['step']} to sample {row['samples']} does not follow; the file was altered: "
+                "take it from a copy, or cut it before this line"
+            )
         ends.append(row["samples"])
         is_read_R[number] = row.get("left_out") is not True
         for cells, key in ((tokens_RS, "tokens_by_source"), (losses_RS, "loss_by_source")):

@@ -97,9 +97,13 @@ class Workspace:
         """Whether there is anything to go on with."""
         return self._state.exists()
 
+    def forget(self) -> None:
+        """Let the next run begin anew, whatever its options; logs stay."""
+        self._state.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove all of it; the state first, so that what is half removed is never gone on with."""
-        self._state.unlink(missing_ok=True)
+        self.forget()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ class Summary:
             f"{total.documents + total.held_out} documents ({total.held_out} held out, {total.empty} empty left out)",
             f"{tokens} tokens",
             f"{total.text_bytes / tokens if tokens else 0.0:.2f} bytes per token",
-            f"{self.mb_per_second:.2f} MB/s",
+            *([f"{self.mb_per_second:.2f} MB/s"] if self.mb_per_second else []),  # none where all was encoded before
             f"{sum(self.bad_lines.values())} bad lines",
         ]
         kinds = [f"{kind}: {count}" for kind, count in sorted(self.bad_lines.items())]

@@ -34,10 +34,19 @@ _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
 @dataclass(frozen=True)
 class Limits:
-    """The longest line (or value of Parquet) in bytes, and the most bytes of text for a byte of a compressed file."""
+    """The longest line (or value of Parquet) in bytes, and the most bytes of text for a byte of a compressed file.
+
+    Raises DataError where nothing could be read within them.
+    """
 
     line_bytes: int = MAX_LINE_BYTES
     expansion: float = MAX_EXPANSION
+
+    def __post_init__(self) -> None:
+        if self.line_bytes < 1:
+            raise DataError(f"--max-line-mib ({self.line_bytes / 2**20:g}) must be above 0")
+        if not self.expansion >= 1:
+            raise DataError(f"--max-expansion ({self.expansion:g}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,11 @@ def is_parquet(path: str) -> bool:
     return path.endswith((".parquet", ".pq"))
 
 
+def is_compressed(path: str) -> bool:
+    """Whether a name is that of a compressed file of lines."""
+    return path.endswith((".gz", ".zst"))
+
+
 def _unreadable(path: str, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read: {error.strerror or error}; check --input")
 
@@ -190,19 +204,18 @@ def _changed(path: str) -> DataError:
 
 
 def _file_chunks(path: str, wanted: Wanted, start: Position, before: int) -> Iterator[Chunk]:
-    number = start.lines
     try:
         with open(path, "rb") as disk:
             at_first = os.fstat(disk.fileno())
             chunks = _parquet_chunks if is_parquet(path) else _jsonl_chunks
-            for chunk in chunks(path, disk, wanted, start, before):
-                number = chunk.end.lines
-                yield chunk
+            try:
+                yield from chunks(path, disk, wanted, start, before)
+            except _DAMAGE as error:  # a sum that is wrong tells no more than that something before it is
+                where = f"at or before byte {disk.tell():,} of {at_first.st_size:,}"
+                raise DataError(f"{path}: damaged or truncated {where} ({error}); fetch it again") from None
             at_last = os.stat(path)
             if (at_first.st_size, at_first.st_mtime_ns) != (at_last.st_size, at_last.st_mtime_ns):
                 raise _changed(path)
-    except _DAMAGE as error:
-        raise DataError(f"{path}: damaged or truncated after line {number} ({error}); fetch it again") from None
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -245,7 +258,7 @@ class _Text:
         self._path, self._disk, self._limits = path, disk, limits
         self.offset = 0
         self._size = os.fstat(disk.fileno()).st_size
-        self._is_plain = not path.endswith((".gz", ".zst"))
+        self._is_plain = not is_compressed(path)
         self._file: Any = disk
         if path.endswith(".gz"):
             self._file = stack.enter_context(gzip.GzipFile(fileobj=disk))

@@ -1,8 +1,8 @@
 """A timeline of a schedule as text or PNG."""
 
-from megapoly.errors import ConfigError
 from megapoly.parallel.schedule import Action
 from megapoly.parallel.timeline import Timeline
+from megapoly.pictures import save_png
 
 WIDEST_ROW = 20_000  # characters
 COLOURS = {"F": "#4c78a8", "H": "#e45756", "B": "#f58518", "I": "#54a24b", "W": "#b279a2"}
@@ -31,11 +31,9 @@ def _label(action: Action, chunks: int) -> str:
 
 def draw_png(timeline: Timeline, title: str, path: str) -> None:
     """The same as a picture; the chunks of a rank are shades of a colour."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise ConfigError(f"{path}: drawing needs matplotlib; pip install matplotlib") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     ranks = len(timeline.ranks)
     chunks = max(event.action.chunk for events in timeline.ranks for event in events) + 1
     numbered = max(map(len, timeline.ranks)) <= 150
@@ -56,7 +54,4 @@ def draw_png(timeline: Timeline, title: str, path: str) -> None:
     axes.set(xlim=(0, timeline.makespan), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    save_png(figure, path, 120)

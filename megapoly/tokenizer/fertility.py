@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from megapoly.errors import ConfigError
+from megapoly.pictures import save_png
 from megapoly.tokenizer.load import Tokenizer
 
 Documents = Callable[[], Iterable[tuple[str, str]]]  # (language, text), anew at each call
@@ -70,11 +69,9 @@ def table(of_tokenizer: Mapping[str, Mapping[str, Fertility]]) -> str:
 
 
 def write_png(of_tokenizer: Mapping[str, Mapping[str, Fertility]], path: str) -> None:
-    """Bars of bytes a token and tokens a word by language; ConfigError without matplotlib or a place to write."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--png needs matplotlib: pip install 'megapoly[plot]'") from None
+    """Bars of bytes a token and tokens a word by language; ConfigError where it cannot be written."""
+    from matplotlib.figure import Figure
+
     languages = list(dict.fromkeys(language for found in of_tokenizer.values() for language in found))
     figure = Figure(figsize=(max(6.0, 0.45 * len(languages) + 2), 6.5), layout="constrained")
     for axes, what, title in zip(
@@ -89,9 +86,4 @@ def write_png(of_tokenizer: Mapping[str, Mapping[str, Fertility]], path: str) ->
         axes.set_xticks(range(len(languages)), languages)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False)
-    if Path(path).suffix.lower() != ".png":
-        raise ConfigError(f"--png {path}: give a name that ends in .png")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"--png {path}: cannot be written: {error.strerror or error}") from None
+    save_png(figure, path, 150)

@@ -38,10 +38,12 @@ class VocabularyTooLarge(UnsuitableText):
         self.largest = largest
 
 
-def check_vocab_size(vocab_size: int) -> None:
+def check_vocab_size(vocab_size: int, special_tokens: int = len(_CONTROL), characters: int = 1) -> None:
     """Refuse (TokenizerError) a size that no text could give."""
-    if not 1 <= vocab_size <= MOST_PIECES:
-        raise TokenizerError(f"vocab_size ({vocab_size}) must lie in [1, {MOST_PIECES:,}]")
+    least = 256 + special_tokens + characters
+    if not least <= vocab_size <= MOST_PIECES:
+        what = "bytes, special tokens and a character" if characters else "bytes and special tokens"
+        raise TokenizerError(f"vocab_size ({vocab_size}) must lie between {least} ({what}) and {MOST_PIECES:,}")
 
 
 def train_sentencepiece(
@@ -59,13 +61,13 @@ def train_sentencepiece(
     `special_tokens` follow as control symbols, which no text becomes.
     Equal texts give an equal file. Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
-    check_vocab_size(vocab_size)
-    least = _META_PIECES + len(special_tokens) + 1
-    _check_special_tokens([*_CONTROL, *special_tokens])
-    if vocab_size < least:
+    if model_path.endswith(".json") or os.path.isdir(model_path):
         raise TokenizerError(
-            f"vocab_size ({vocab_size}) must be at least {least}: bytes, special tokens and a character"
+            f"{model_path}: a SentencePiece model is one file, such as {Path(model_path).stem}.model; give such a "
+            "name, or --tokenizer-type HuggingFaceTokenizer for a .json or directory"
         )
+    check_vocab_size(vocab_size, len(_CONTROL) + len(special_tokens))
+    _check_special_tokens([*_CONTROL, *special_tokens])
     if model_type not in ("bpe", "unigram"):
         raise TokenizerError(f"model_type '{model_type}' is unknown; known: bpe, unigram")
     if not 0.98 <= character_coverage <= 1:
@@ -112,11 +114,13 @@ def train_byte_level_bpe(
     is encoded later needs none (Polyglot-Ko, arXiv 2306.02254, with MeCab).
     Raises VocabularyTooLarge, or TokenizerError for an empty text.
     """
-    check_vocab_size(vocab_size)
+    if path.endswith(".model"):
+        raise TokenizerError(
+            f"{path}: byte-level BPE has no .model; give a .json or directory, "
+            "or --tokenizer-type SentencePieceTokenizer"
+        )
+    check_vocab_size(vocab_size, len(special_tokens), characters=0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + len(special_tokens)
-    if vocab_size < smallest:
-        raise TokenizerError(f"vocab_size ({vocab_size}) must be at least {smallest}: the bytes and special tokens")
     _check_special_tokens(special_tokens)
     if morpheme_separator is not None and len(morpheme_separator) != 1:
         raise TokenizerError(f"morpheme_separator '{morpheme_separator}' must be one character that the text lacks")
@@ -250,7 +254,8 @@ def _training_error(message: str, n_sentences: int, vocab_size: int) -> Tokenize
         return _too_large(vocab_size, int(match[1]))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return TokenizerError(
-            f"vocab_size ({vocab_size}) must be at least {match[1]}: bytes, special tokens and the text's characters"
+            f"vocab_size ({vocab_size}) must be at least {match[1]}: bytes, special tokens and the characters of this "
+            "text; a lower --character-coverage needs less"
         )
     return UnsuitableText(f"SentencePiece cannot train on this text: {' '.join(message.split())[:200]}")
 

@@ -282,7 +282,8 @@ def _check_past(reader: CheckpointReader, cfg: Config, plan: Plan) -> None:
         return
     differences = "; ".join(map(str, past)) or "sources, tokens, stages, seed or block length changed"
     advice = ""
-    if past and all(change.of_stage for change in past) and (old := _old_plan(reader)):
+    old = _old_plan(reader)
+    if past and all(change.of_stage for change in past) and old and seen <= old.num_samples:
         stage = old.stages[old.stage_at(seen - 1)]
         done = sum(s.tokens for s in reader.config.curriculum.stages[: old.stages.index(stage)])
         advice = (

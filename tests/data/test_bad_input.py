@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megapoly.data import documents
+from megapoly.data.clean.pipeline import clean_corpus
+from megapoly.data.documents import read_documents
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.preprocess import preprocess
 from megapoly.errors import DataError
@@ -111,6 +116,48 @@ def test_altered_parquet(
     pq.write_table(pa.table({"id": range(25), "text": TEXTS, "lang": ["ko"] * 25}), path, compression=compression)
     path.write_bytes(damaged(path.read_bytes(), damage))
     check(path, tokenizer, None)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_bad_line_of_a_damaged_archive_is_told_as_its_damage(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    def calls(path: Path) -> list[Callable[[], Any]]:
+        return [
+            lambda: list(read_documents([str(path)])),
+            lambda: preprocess([str(path)], str(tmp_path / "p"), TYPE, tokenizer.path, log_interval=0),
+            lambda: clean_corpus([str(path)], str(tmp_path / "out"), tasks=1, restart=True, log=lambda line: None),
+        ]
+
+    # The first line lies in the archive as it is: one byte makes bad UTF-8 of it, and only the sum at the end tells why.
+    first = string.printable[:62].encode()
+    text = b'{"text": "' + first + b'"}\n' + jsonl() + b"\n" * 3_000_000
+    packed = (
+        gzip.compress(text, 0) if suffix == ".gz" else zstandard.ZstdCompressor(-20, write_checksum=True).compress(text)
+    )
+    path = tmp_path / f"a.jsonl{suffix}"
+    at = packed.index(first[10:30])
+    path.write_bytes(packed[:at] + b"\xff" + packed[at + 1 :])
+    for call in calls(path):
+        with pytest.raises(DataError, match=rf"a\.jsonl{suffix}: damaged or truncated at or before byte [\d,]+ of "):
+            call()
+    path.write_bytes(gzip.compress(b"{}\n" + text) if suffix == ".gz" else zstandard.compress(b"{}\n" + text))
+    for call in calls(path):
+        with pytest.raises(DataError, match=rf"a\.jsonl{suffix}, line 1: key 'text' is missing") as caught:
+            call()
+        assert "-t" not in str(caught.value)
+    monkeypatch.setattr(documents, "CHECKED_BYTES", 10)
+    with pytest.raises(DataError, match=r"line 1: .*`(gzip|zstd) -t` tells whether"):
+        calls(path)[0]()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_truncated_archive_is_told_by_its_byte(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    whole = gzip.compress(jsonl()) if suffix == ".gz" else zstandard.compress(jsonl())
+    path.write_bytes(whole[:200])
+    with pytest.raises(DataError, match=r"truncated at or before byte 200 of 200 \("):
+        list(read_documents([str(path)]))
 
 
 LINES = {

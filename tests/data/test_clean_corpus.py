@@ -21,6 +21,7 @@ from megapoly.data.clean.machines import Machines
 from megapoly.data.clean.pipeline import Reading, clean_corpus
 from megapoly.data.clean.quality import Verdict
 from megapoly.data.clean.steps import dealt
+from megapoly.data.clean.tables import table
 from megapoly.data.text_input import Limits
 from megapoly.errors import DataError, MegapolyError
 
@@ -274,6 +275,11 @@ def test_damaged_and_missing_files_end_in_one_line(inputs: list[str], tmp_path: 
     for arguments, message in (
         (["--input", str(damaged), inputs[0]], "damaged.jsonl.gz: damaged or truncated"),
         (["--input", inputs[0], "--sbatch", "account"], "NAME=VALUE"),
+        (["--input", inputs[0], "--max-line-mib", "0"], "--max-line-mib (0) must be above 0"),
+        (
+            ["--input", inputs[0], "--config", "no.yaml"],
+            "error: no.yaml: cannot be read: No such file or directory; check",
+        ),
     ):
         command = [
             sys.executable,
@@ -316,9 +322,42 @@ def test_parquet_and_an_empty_file_are_read(tmp_path: Path) -> None:
     assert [d["id"] for d in kept(tmp_path / "out")["ko"]] == [f"ko-{n}" for n in range(5)]
 
 
-def test_nothing_at_all_makes_an_empty_report(tmp_path: Path) -> None:
-    report = clean_corpus([write(tmp_path / "e.jsonl", [])], str(tmp_path / "out"), log=quiet)
-    assert report is not None and report["all"]["read"]["documents"] == 0 and kept(tmp_path / "out") == {}
+@pytest.mark.parametrize(
+    ("lines", "found"), [([], "no lines at all"), (["", " "], "no lines at all"), (["oops", "[]"], "2 bad lines")]
+)
+def test_inputs_without_a_document_are_refused_and_then_stand_in_nobodys_way(
+    lines: list[Any], found: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "e.jsonl.gz", lines)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"e\.jsonl\.gz: no documents to write \({found}\)"):
+            clean_corpus([path], str(tmp_path / "out"), reading=Reading(skip_bad_lines=True), log=quiet)
+    report = clean_corpus([write(tmp_path / "e.jsonl.gz", [document("ko", 1)])], str(tmp_path / "out"), log=quiet)
+    assert report is not None and report["all"]["kept"]["documents"] == 1
+
+
+def test_a_run_that_ended_before_anything_was_done_does_not_bind_the_next(inputs: list[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(DataError, match="key 'content' is missing"):
+        clean_corpus(inputs, out, reading=Reading("content"), log=quiet)
+    assert clean_corpus(inputs, out, log=quiet) == clean_corpus(inputs, str(tmp_path / "other"), log=quiet)
+
+
+def test_what_is_skipped_and_a_run_that_keeps_nothing_are_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [document("en", 1, text="Short."), "oops", {"lang": "en"}, "[]", "{}"])
+    said: list[str] = []
+    report = clean_corpus(
+        [path],
+        str(tmp_path / "out"),
+        reading=Reading(skip_bad_lines=True),
+        machines=Machines(workers=1),
+        log=said.append,
+    )
+    assert said[-1] == "warning: none of the 1 documents is kept; the report says why"
+    assert report is not None
+    lines = table(report)
+    assert [line.split()[0] for line in lines] == ["language", "en", "all", "4"]
+    assert lines[-1] == "4 bad lines left out (malformed JSON: 1, missing key: 2, wrong type: 1)"
 
 
 def test_deduplication_can_be_left_out(inputs: list[str], tmp_path: Path) -> None:

@@ -112,6 +112,35 @@ def test_markup_goes_and_lines_stay_apart() -> None:
     assert "one\n" in text and "two\nthree" in text and done["HTML"] >= 8
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if a<b>c then a <b and c> d",
+        "vector<a> is no Map<I, S>, List<S> and Foo<P>",
+        "cp <input> <link> or git reset <HEAD>",
+        "x<p>y, and `</p>` in code\n```\n<b>z</b></i>\n```\nis no page: <i>",
+        "집합 {x: a<b>c} 10000원 하하하하\n    들여쓰기<s>",
+    ],
+)
+def test_signs_of_less_and_greater_in_prose_are_no_markup(text: str) -> None:
+    assert fixed(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one<p>two<p>three", "one\ntwo\nthree"),
+        ("<p>one <b>`x`</b><input> two", "one `x` two"),  # closed behind code
+        ("<td width=3>4<td>5", " 4 5"),
+        ("one<br>two<HR/>three<i class=x>", "one\ntwo\nthree"),
+        ("<body><img>one</div>", "one"),
+        ("</b>a<i>b<b>c", "a<i>bc"),
+    ],
+)
+def test_tags_of_a_page_go_closed_or_not(text: str, expected: str) -> None:
+    assert fixed(text) == expected
+
+
 def test_joiners_and_marks_stay_where_a_script_needs_them() -> None:
     family, persian = "👨\u200d👩\u200d👧", "می\u200cخواهم"
     assert fixed(f"{family} {persian} a\u200bb\u00adc\ufeff\x07") == f"{family} {persian} abc"
@@ -154,7 +183,7 @@ def test_hostile_text_costs_no_more_than_its_length(hostile: str) -> None:
 
 def test_markup_without_an_end_removes_the_document() -> None:
     # Each tag comes to light when the one inside it is gone.
-    deep = "<" + "<" * 30 + "b>" + "b>" * 30
+    deep = "<" * 31 + "/b>" * 31
     with pytest.raises(Unsettled):
         FIX(deep, "en", Counter())
     verdict = Cleaner(Settings())(deep, "en").verdict

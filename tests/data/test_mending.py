@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -75,7 +76,9 @@ def test_documents_of_several_sequences_stay_together(tmp_path: Path) -> None:
     np.arange(10, dtype=U16).tofile(f"{prefix}.bin")
     write_index(f"{prefix}.idx", U16, [(np.array([2, 3, 1, 4]), np.array([0, 2, 2, 4]))])
     assert read(prefix) == [[0, 1, 2, 3, 4], [], [5, 6, 7, 8, 9]]
-    merge([str(prefix)] * 2, str(tmp_path / "twice"))
+    for kind in ("bin", "idx"):
+        shutil.copy(f"{prefix}.{kind}", tmp_path / f"copy.{kind}")
+    merge([str(prefix), str(tmp_path / "copy")], str(tmp_path / "twice"))
     assert read(tmp_path / "twice") == read(prefix) * 2
     found = inspect(str(tmp_path / "twice"))
     assert (found.documents, found.sequences, found.tokens, found.empty_documents) == (6, 8, 20, 2)
@@ -91,6 +94,8 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         merge([str(tmp_path / "a"), str(tmp_path / "wide")], str(tmp_path / "out"))
     with pytest.raises(DataError, match="is one of the datasets"):
         merge([str(tmp_path / "a")], f"{tmp_path}/../{tmp_path.name}/a")
+    with pytest.raises(DataError, match="a: is given twice; give each dataset once"):
+        merge([str(tmp_path / "a"), f"{tmp_path}/../{tmp_path.name}/a"], str(tmp_path / "out"))
     with pytest.raises(DataError, match="nothing to merge"):
         merge([], str(tmp_path / "out"))
     with pytest.raises(DataError, match="no such file"):
@@ -260,7 +265,12 @@ def test_the_tools(spoken: Path, tmp_path: Path) -> None:
     assert "the river ran" in done.stdout and "강물이" in done.stdout
     whole = json.loads(tool("inspect_data", prefix, "--json").stdout)
     assert whole["documents"] == 3
-    merged = tool("merge_datasets", "--input", f"{prefix}.idx", prefix, "--output-prefix", str(tmp_path / "m"))
+    twice = tool("merge_datasets", "--input", f"{prefix}.idx", prefix, "--output-prefix", str(tmp_path / "m"))
+    assert twice.returncode == 2 and "both_text_document: is given twice; give each dataset once" in twice.stderr
+    for kind in ("bin", "idx"):
+        shutil.copy(f"{prefix}.{kind}", tmp_path / f"copy.{kind}")
+    both = [f"{prefix}.idx", str(tmp_path / "copy")]
+    merged = tool("merge_datasets", "--input", *both, "--output-prefix", str(tmp_path / "m"))
     assert merged.stdout == f"{tmp_path}/m: 2 datasets, 6 documents, {2 * whole['tokens']:,} tokens\n"
     (tmp_path / "m.idx").write_bytes((tmp_path / "m.idx").read_bytes()[:-1])
     damaged = tool("inspect_data", str(tmp_path / "m"))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,9 @@ from megapoly.data.loader import Deal, TrainLoader
 from megapoly.data.packed import PackedStream
 from megapoly.data.plan_changes import plan_changes
 from megapoly.data.plan_picture import windows
+from megapoly.data.plan_png import draw_png, groups_of
 from megapoly.data.plan_report import describe, summary
+from megapoly.data.realised import read_steps
 from megapoly.errors import ConfigError, DataError
 
 PACKED_KO = KO | {"packed": True}
@@ -250,6 +253,32 @@ def test_tables_and_pictures_are_of_text() -> None:
     assert window.shares == pytest.approx({"en": 651 / 930.2, "ko": 279.2 / 930.2})
 
 
+@pytest.mark.parametrize("is_run", [False, True], ids=["plan", "run"])
+def test_pictures_show_shares_of_text_and_not_of_rows(tmp_path: Path, is_run: bool) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    plan = dialled()
+    rows = []
+    for begin in range(0, 1000, 50):
+        before, after = (plan.sampler().counts(n) for n in (begin, begin + 50))
+        read = {"web-en": 100 * (after[0] - before[0]), "web-ko": 80 * (after[1] - before[1])}  # rows are 80% full
+        losses = dict.fromkeys(read, 5.0)
+        rows.append({"step": len(rows) + 1, "samples": begin + 50, "tokens_by_source": read, "loss_by_source": losses})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = read_steps(tmp_path / "metrics.jsonl", plan) if is_run else None
+    draw_png(plan, str(tmp_path / "a.png"), steps)
+    image = (imread(tmp_path / "a.png")[..., :3] * 255).round().astype(int)
+    en, ko = (
+        (abs(image - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).sum(2) == 0).sum(0)
+        for colour in map(groups_of(plan).colours.get, ("en", "ko"))
+    )
+    whole = en + ko > 0.95 * (en + ko).max()  # columns without a line or the legend over them
+    assert whole.sum() > 300
+    # A third and more of the samples, as they are not full.
+    assert ko[whole].sum() / (en + ko)[whole].sum() == pytest.approx(0.3, abs=0.01) and plan.stages[0].shares[1] > 0.34
+
+
 def test_a_plan_without_packed_sources_says_nothing_of_it() -> None:
     text = describe(plan_of([EN, KO, OPUS], [DIAL]))
     assert "packed" not in text and "of them text" not in text
@@ -272,6 +301,7 @@ def test_what_is_packed_decides_the_fingerprint_and_is_named() -> None:
     said = [[str(change) for change in plan_changes(old, ours) if change.since == 0] for old in (fewer, plain)]
     assert "source 'web-ko' was 624 packed rows and is 625 packed rows" in said[0]
     assert "source 'web-ko' was not packed and is 625 packed rows" in said[1]
+    assert re.search(r"had 0\.3 non-English and has 0\.3 \(shares of samples: 'web-ko' 0\.3 -> 0\.3\d+, ", said[1][1])
     assert plan_changes(ours, dialled()) == []
     assert list(map(str, plan_changes(streaming, brimming))) == ["source 'web-ko' was not packed and is 90 packed rows"]
 

@@ -335,6 +335,14 @@ def test_reading_a_row_costs_a_few_reads_however_large_the_index(
         ("half a note", r"p\.pack\.json: is damaged"),
         ("no number", r"p\.pack\.json: is damaged"),
         ("a list", r"p\.pack\.json: is damaged"),
+        ("true for a number", r"p\.pack\.json: is damaged"),
+        ("beyond numbers", r"p\.pack\.json: is damaged"),
+        ("deep", r"p\.pack\.json: is damaged"),
+        ("no text", r"p\.pack\.json: is damaged"),
+        ("a folder", r"p\.pack\.json: is no regular file"),
+        ("a pipe", r"p\.pack\.json: is no regular file"),
+        ("huge length", r"p: is packed for samples of 1000000000000000000 tokens, not of 11"),
+        ("huge pair", r"p\.pack\.json: belongs to a pair of 1000000000000000000 rows and 1000000000000000000 tokens"),
         ("newer", r"p\.pack\.json: has format 2; only format 1 is known"),
         ("other length", r"p: is packed for samples of 12 tokens, not of 11 \(block_length\); .* --block-length 12"),
         ("other pair", r"p\.pack\.json: belongs to a pair of 9 rows and 5 tokens, and this one has"),
@@ -348,6 +356,11 @@ def test_what_is_no_packed_set_is_refused_at_opening(tmp_path: Path, damage: str
     said = json.loads(note.read_text())
     if damage == "no note":
         note.unlink()
+    elif damage in ("a folder", "a pipe"):
+        note.unlink()
+        os.mkdir(note) if damage == "a folder" else os.mkfifo(note)
+    elif damage == "no text":
+        note.write_bytes(b"\xff\xfe{}")
     elif damage.startswith("short"):
         path = Path(f"{prefix}.{'idx' if damage == 'short index' else 'bin'}")
         path.write_bytes(path.read_bytes()[:-2])
@@ -357,6 +370,11 @@ def test_what_is_no_packed_set_is_refused_at_opening(tmp_path: Path, damage: str
                 "half a note": note.read_text()[:20],
                 "no number": json.dumps(said | {"rows": "9"}),
                 "a list": "[1]",
+                "true for a number": json.dumps(said | {"rows": True}),
+                "beyond numbers": note.read_text().replace('"rows": ', '"rows": 1' + "0" * 5000),
+                "deep": "[" * 4000,
+                "huge length": json.dumps(said | {"pack_length": 10**18}),
+                "huge pair": json.dumps(said | {"rows": 10**18, "tokens": 10**18}),
                 "newer": json.dumps(said | {"format": 2}),
                 "other length": json.dumps(said | {"pack_length": 12}),
                 "other pair": json.dumps(said | {"rows": 9, "tokens": 5}),
@@ -392,6 +410,32 @@ def test_a_damaged_row_of_a_large_index_is_one_line(tmp_path: Path, place: str, 
     with pytest.raises(DataError, match=message) as caught:
         stream.read(11 * 4500, 11 * 4501 + 1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("doctored", "message"),
+    [
+        (
+            {"rows": 1},
+            r"p\.pack\.json: belongs to a pair of 1 rows and \d+ tokens, and this one has \d+ and \d+; write",
+        ),
+        ({"tokens": 10**18}, r"belongs to a pair of \d+ rows and 1000000000000000000 tokens"),
+        ({"pack_length": 5}, r"p\.pack\.json: says that rows are for samples of 5 tokens, and one has 12, more than"),
+    ],
+)
+def test_a_note_of_another_pair_is_neither_inspected_nor_merged(
+    tmp_path: Path, doctored: dict[str, int], message: str
+) -> None:
+    prefix, _ = packed_pair(tmp_path / "a", list(range(1, 30)), 11)
+    note = Path(f"{prefix}.pack.json")
+    assert inspect(prefix).pack_length == 11
+    note.write_text(json.dumps(json.loads(note.read_text()) | doctored))
+    with pytest.raises(DataError, match=message):
+        inspect(prefix)
+    if "pack_length" not in doctored:
+        with pytest.raises(DataError, match=message):
+            merge([prefix], str(tmp_path / "m"))
+    assert repair(prefix).cut_bytes == 0 and inspect(prefix).documents > 0, "mending makes the note anew"
 
 
 # ------------------------------------------------------------------------------------------------ merged and mended

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from megapoly.data import indexed, resume, text_input
+from megapoly.data import preprocess as preprocess_module
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.preprocess import Summary, preprocess
 from megapoly.data.resume import only_writer
@@ -104,6 +105,21 @@ def check_nothing_half(folder: Path, expected: dict[str, bytes]) -> None:
         if (folder / f"{name}.bin").exists():
             IndexedDataset(str(folder / name))
             assert (folder / f"{name}.bin").read_bytes() == expected[f"{name}.bin"]
+
+
+def test_what_is_replaced_is_said_first_and_only_text_that_was_encoded_has_a_speed(
+    inputs: list[str], tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, said = tmp_path / "out", list[str]()
+    options: dict[str, Any] = {"log": said.append, "log_interval": 10**9}
+    assert "MB/s" in str(run(inputs, out, model, **options)) and not any("replaced" in line for line in said)
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess_module, "publish", lambda *_: os._exit(9))
+        assert in_child(lambda: run(inputs, out, model, pack_length=40, **options)) == 9
+    said.clear()
+    assert "MB/s" not in str(run(inputs, out, model, pack_length=40, **options))
+    names = [f"{out}/p_text_document", f"{out}/p_valid_text_document"]
+    assert said[1:3] == [f"{name}: is there already and will be replaced when all is done" for name in names]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,10 @@ def test_the_table_says_what_the_report_says() -> None:
     [
         (lambda lines: [], "holds no step"),
         (lambda lines: [*lines, lines[-1][:40]], "line 43: no step of a run"),
-        (lambda lines: [lines[0].replace('"step": 1', '"step": 0')], "line 1: step 0 to sample 48 does not follow"),
+        (
+            lambda lines: [lines[0].replace('"step": 1', '"step": 0')],
+            "line 1: step 0 to sample 48 does not follow; the file was altered",
+        ),
         (lambda lines: [*lines[:3], *lines[4:]], "line 4: step 5 to sample 240 does not follow"),
         (lambda lines: [*lines[:2], lines[1]], "line 3: step 2 to sample 96 does not follow"),
         (

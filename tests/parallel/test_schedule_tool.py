@@ -65,7 +65,7 @@ def test_the_tool_prints_the_figures_and_draws_the_picture(tmp_path: Path) -> No
     ("--schedule 1f1b --stages 4 --microbatches 8 --costs 1,0,1", "--costs (1,0,1) must be F,I,W"),
     ("--schedule 1f1b --stages 4000 --microbatches 8000", "has 96000000 actions; 262144 can be shown"),
     ("--schedule 1f1b --stages 2 --microbatches 2 --png /nowhere/a.png", "--png (/nowhere/a.png): the folder does"),
-    ("--schedule 1f1b --stages 2 --microbatches 2 --png /", "error: /: cannot be written"),
+    ("--schedule 1f1b --stages 2 --microbatches 2 --png a.pdf", "--png (a.pdf) must end in .png"),
     ("--schedule 1f1b --stages 2", "required: --microbatches"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(words: str, message: str) -> None:

@@ -144,6 +144,43 @@ def test_bash_starts_the_same_file(data: Path, tmp_path: Path) -> None:
     assert "DP 2" in done.stdout and len(losses(tmp_path / "run")) == 3
 
 
+@pytest.mark.parametrize(
+    ("script", "wrong", "message"),
+    [
+        ("pretrain_polylm", ["--tensor-model-parallel-size", "3"], "tensor_model_parallel_size (3) must divide"),
+        ("pretrain_gecko", ["--config", "nope.yaml"], "config 'nope.yaml' is neither a file nor a preset"),
+    ],
+)
+def test_a_mistake_under_bash_is_one_line_and_status_2(
+    script: str, wrong: list[str], message: str, data: Path, tmp_path: Path
+) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / f"examples/{script}.sh"), *flags(data, "run"), *wrong]
+    done = run(command, tmp_path, NPROC="2", PATH=path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "reports"),
+    [
+        ("os._exit(75)", 75, False),
+        ("os._exit(2) if rank else time.sleep(60)", 2, False),
+        ("os._exit(3) if rank else time.sleep(60)", 1, True),
+        ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", 1, True),
+    ],
+)
+def test_only_what_a_rank_has_said_itself_is_passed_on_in_silence(
+    code: str, status: int, reports: bool, tmp_path: Path
+) -> None:
+    # Without the others' wait for the one that speaks, to which torchrun sends SIGTERM.
+    (tmp_path / "rank.py").write_text(f"import os, time\nrank = int(os.environ['RANK'])\n{code}\n")
+    command = [sys.executable, "-m", "megapoly.train.launch", "--standalone", "--nproc-per-node", "2", "rank.py"]
+    done = run(command, tmp_path)
+    assert (done.returncode, "ChildFailedError" in done.stderr) == (status, reports), done.stderr
+    assert reports or done.stderr == ""
+
+
 def test_two_agents_train_as_one(data: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

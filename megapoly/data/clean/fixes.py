@@ -31,8 +31,12 @@ _BLOCK = (
     "br p div li ul ol tr table tbody thead h1 h2 h3 h4 h5 h6 hr section article header footer nav center form"
 )
 _INLINE = "span font b i u s em strong small big sub sup a img td th label input button iframe figure figcaption tt"
-_TAG = re.compile(rf"</?({'|'.join((_BLOCK + ' ' + _INLINE).split())})(?:\s[^<>]{{0,2000}})?/?>", re.IGNORECASE)
+_TAG = re.compile(rf"<(/?)({'|'.join((_BLOCK + ' ' + _INLINE).split())})((?:\s[^<>]{{0,2000}})?/?)>", re.IGNORECASE)
 _BLOCK_TAGS = frozenset(_BLOCK.split())
+# What needs no closing tag: by itself, where there are several, and in a page. `a<b>c` and `cp <input>` are no markup.
+_BREAKS = frozenset("br hr".split())
+_UNENDED = frozenset("p li tr td th dt dd thead tbody".split())
+_OF_PAGES = frozenset("html head body link meta img input".split())
 _DROPPED = (("<!--", "-->"), ("<!doctype", ">"), ("<script", "</script>"), ("<style", "</style>"))
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,8}\d{0,2});")
 _URL_LINE = re.compile(r"\s*(?:https?://|www\.)\S+\s*")
@@ -71,7 +75,8 @@ class TextFixer:
             plain = letters_of_lone_jamo(text)
             text = _counted("lone jamo", (plain, int(plain != text)), done)
         if settings.html and ("<" in text or "&" in text):
-            text = _outside_code(text, lambda part: _without_html(part, done))
+            meant = _tags_meant(text)
+            text = _outside_code(text, lambda part: _without_html(part, meant, done))
         most = settings.emoticon_repeats
         if most and has_emoticons(text, most):
             text = _outside_code(text, lambda part: _counted("emoticons", shorten_emoticons(part, most), done))
@@ -156,20 +161,49 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     return "".join(parts)
 
 
-def _without_html(text: str, done: Counter[str]) -> str:
+def _tags_meant(text: str) -> frozenset[str]:
+    """Names of which every tag in a text is markup, the lone ones too."""
+    tags: list[re.Match[str]] = []
+
+    def look(part: str) -> str:
+        tags.extend(_TAG.finditer(part))
+        return part
+
+    if _TAG.search(text):
+        _outside_code(text, look)
+    closed = {tag[2].lower() for tag in tags if tag[1]}
+    is_page = any(map(_is_sure, tags)) or sum(tag[2].lower() in _UNENDED for tag in tags) > 1
+    return frozenset(closed | (_UNENDED | _OF_PAGES if is_page else set()))
+
+
+def _is_sure(tag: re.Match[str]) -> bool:
+    """Whether it can be nothing but markup: it closes, breaks a line or has attributes."""
+    return bool(tag[1]) or "=" in tag[3] or tag[3].endswith("/") or tag[2].lower() in _BREAKS
+
+
+def _without_tags(text: str, meant: frozenset[str]) -> tuple[str, int]:
+    times = 0
+
+    def instead(tag: re.Match[str]) -> str:
+        nonlocal times
+        name = tag[2].lower()
+        if name not in meant and not _is_sure(tag):
+            return tag[0]
+        times += 1
+        return "\n" if name in _BLOCK_TAGS else " " if name in ("td", "th") else ""
+
+    return _TAG.sub(instead, text), times
+
+
+def _without_html(text: str, meant: frozenset[str], done: Counter[str]) -> str:
     if "<" in text:
         for begin, end in _DROPPED:
             text = _counted("HTML", _dropped(text, begin, end), done)
-        text = _counted("HTML", _TAG.subn(lambda match: _instead(match[1]), text), done)
+        text = _counted("HTML", _without_tags(text, meant), done)
     if "&" in text:
         changed = _ENTITY.sub(_character, text)
         text = _counted("HTML", (changed, int(changed != text)), done)
     return text
-
-
-def _instead(tag: str) -> str:
-    name = tag.lower()
-    return "\n" if name in _BLOCK_TAGS else " " if name in ("td", "th") else ""
 
 
 def _dropped(text: str, begin: str, end: str) -> tuple[str, int]:

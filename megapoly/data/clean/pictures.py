@@ -1,8 +1,9 @@
 """Pictures of the report: what became of each language's documents, and which rules removed how much of each."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
+
+from megapoly.pictures import save_png
 
 # Rules in groups, in the order in which they are met; what is not named here is quality.
 GROUPS = {
@@ -19,11 +20,6 @@ COLOURS = {
     "exact duplicate": "#9c755f",
     "near duplicate": "#4e79a7",
 }
-
-
-def has_matplotlib() -> bool:
-    """Whether pictures can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def group_of(rule: str) -> str:
@@ -59,7 +55,7 @@ def _draw_kept(read: dict[str, Any], path: Path) -> Path:
     axes.set_xlabel("% of documents; to the right, what is kept")
     axes.set_title("What became of the documents")
     figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_png(figure, str(path), 120)
     return path
 
 
@@ -92,5 +88,5 @@ def _draw_rules(read: dict[str, Any], path: Path) -> Path:
                 if share:
                     colour = "white" if share > 0.6 * most else "black"
                     axes.text(x, y, f"{share:.1f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.savefig(path, dpi=120)
+    save_png(figure, str(path), 120)
     return path

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.data.clean.machines import Machines, check_machines
+from megapoly.data.documents import no_documents
 from megapoly.data.resume import Workspace, only_writer
 from megapoly.data.text_input import Limits, Wanted, describe_input, expand_inputs
-from megapoly.errors import DataError
+from megapoly.errors import DataError, MegapolyError
 from megapoly.log import duration
 
 TASK_BYTES = 64 << 20  # of the inputs' files
@@ -48,7 +49,7 @@ def clean_corpus(
     """Files and patterns to cleaned JSONL by language, samples and a report in output_dir.
 
     An interrupted run goes on, from the tasks that are done; a finished one does nothing. Returns the report, or None
-    where Slurm has the work now. Raises DataError and ConfigError.
+    where Slurm has the work now. Raises DataError, also for inputs without any document, and ConfigError.
     """
     _need_packages()
     from megapoly.data.clean.cleaner import Cleaner
@@ -77,12 +78,23 @@ def clean_corpus(
                 log("all of it is done already")
                 return read_report(out)
             begin = time.monotonic()
-            if not run_stages(stages, workspace.folder, machines, log):
-                return None
+            try:
+                if not run_stages(stages, workspace.folder, machines, log):
+                    return None
+            except MegapolyError:
+                if not any(workspace.folder.glob("logs/*/completions/*")):
+                    workspace.forget()  # with nothing to go on with, the next run need not be like this one
+                raise
+            report = read_report(out)
+            if not report["all"]["read"]["documents"]:
+                workspace.remove()
+                raise no_documents(inputs, {"bad lines": sum(report["all"]["bad_lines"].values())})
             log(f"done in {duration(time.monotonic() - begin)}: {out / 'report.md'}")
+            if not report["all"]["kept"]["documents"]:
+                log(f"warning: none of the {report['all']['read']['documents']} documents is kept; the report says why")
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}; check --output-dir") from None
-    return read_report(out)
+    return report
 
 
 def read_report(out: Path) -> dict[str, Any]:

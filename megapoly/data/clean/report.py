@@ -10,10 +10,11 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 
 from megapoly.data.clean.ledger import Amount, Ledger, Tally
-from megapoly.data.clean.pictures import draw, has_matplotlib
+from megapoly.data.clean.pictures import draw
 from megapoly.data.clean.steps import merged
 from megapoly.data.clean.tables import page
 from megapoly.errors import DataError
+from megapoly.pictures import has_matplotlib
 
 
 class WriteReport(PipelineStep):

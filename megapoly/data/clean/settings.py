@@ -158,7 +158,8 @@ def load_settings(path: str | None = None) -> Settings:
         try:
             given = _tree(Path(path).read_text(encoding="utf-8"), path)
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}; check --config") from None
+            reason = getattr(error, "strerror", None) or "it is no UTF-8"
+            raise ConfigError(f"{path}: cannot be read: {reason}; check --config") from None
     settings: Settings = build(Settings, given, where)  # errors name the user's file
     common, special = given.get("rules") or {}, given.get("by_language") or {}
     rules = {

@@ -16,10 +16,9 @@ from megapoly.data.clean.cleaner import Cleaner, Outcome
 from megapoly.data.clean.ledger import Ledger
 from megapoly.data.clean.quality import Verdict
 from megapoly.data.clean.settings import CODE, Settings
-from megapoly.data.documents import BadLine, documents_of, identity, language_code, parse_document
+from megapoly.data.documents import BadLine, bad_line_error, documents_of, identity, language_code, parse_document
 from megapoly.data.indexed import sync_directory
 from megapoly.data.text_input import Chunk, Rows, Wanted, read_chunks, too_long
-from megapoly.errors import DataError
 
 Fields = dict[str, Any]
 
@@ -53,7 +52,7 @@ class CleanDocuments(PipelineStep):
 
     def _report(self, path: str, line: int, bad: BadLine, ledger: Ledger) -> None:
         if not self.wanted.skip_bad_lines:
-            raise DataError(f"{path}, line {line}: {bad}; --on-bad-line skip leaves such lines out")
+            raise bad_line_error(path, line, bad, "; or give --on-bad-line skip", self.wanted.limits)
         ledger.of(bad.language).bad_lines[bad.kind] += 1
 
     def _cleaned(self, fields: Fields, clean: Cleaner, ledger: Ledger) -> Document | None:

@@ -10,15 +10,19 @@ SAMPLE_LINE = 120
 
 
 def table(tree: dict[str, Any]) -> list[str]:
-    """Lines for a terminal: documents and MB read, shares removed by rules and as duplicates, what is kept."""
+    """Lines for a terminal: documents and MB read, shares removed by rules and as duplicates, what stays, bad lines."""
     head = f"{'language':<10}{'documents':>11}{'MB':>10}{'by rules':>10}{'duplicates':>12}{'kept':>11}{'MB kept':>10}"
     lines = [head]
-    for name, part in [*tree["languages"].items(), ("all", tree["all"])]:
+    read = {name: part for name, part in tree["languages"].items() if part["read"]["documents"]}
+    for name, part in [*read.items(), ("all", tree["all"])]:
         rules, duplicates = shares(part)
         lines.append(
             f"{name:<10}{part['read']['documents']:>11,}{part['read']['bytes'] / 1e6:>10.2f}{rules:>10.1%}"
             f"{duplicates:>12.1%}{part['kept']['documents']:>11,}{part['kept']['bytes'] / 1e6:>10.2f}"
         )
+    if bad := tree["all"]["bad_lines"]:
+        kinds = ", ".join(f"{kind}: {count:,}" for kind, count in bad.items())
+        lines.append(f"{sum(bad.values()):,} bad lines left out ({kinds})")
     return lines
 
 
