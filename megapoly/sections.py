@@ -6,14 +6,7 @@ from typing import Any
 
 import yaml
 
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A configuration leaf with its default, its help line and, where it has them, its choices."""
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
+from megapoly.options import option
 
 DECAY_STYLES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")
 WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")

@@ -14,6 +14,7 @@ ORDER = [
     "arguments",
     "pictures",
     "yaml12",
+    "options",
     "sections",
     "config",
     "run_checks",
