@@ -13,6 +13,7 @@ from megapoly.errors import TokenizerError
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+MOST_HOLES = 64  # ids to an entry of the vocabulary: real ones leave few out
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 # Between a letter and a space, a line's end, an ideographic comma or full stop.
 BORDER = re.compile(r"(?<=[^\W\d_])(?=[ \n，。、])")
@@ -116,6 +117,11 @@ class HuggingFaceTokenizer:
         if not vocab:
             raise TokenizerError(f"{file}: has an empty vocabulary; copy it again")
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > MOST_HOLES * len(vocab):  # a model would have a row for each id
+            last = max(vocab, key=lambda name: vocab[name])
+            raise TokenizerError(
+                f"{file}: has {len(vocab)} entries and the id {self.vocab_size - 1} ({ascii(last)[:40]}); copy it again"
+            )
         special = _special_tokens(file.parent)
         self.eod = _eod(path, vocab.get(special.get("eos_token", ""), -1), vocab)
         named = [special["bos_token"]] if "bos_token" in special else BOS_NAMES

@@ -68,7 +68,7 @@ class FirstBad:
         if not self.places:
             return owned_grad.new_full((), math.inf, dtype=torch.float64)
         parts = [owned_grad[place] for place in self.places]
-        if owned_grad.device.type == "cpu":  # where torch takes ten times as long for these norms
+        if owned_grad.device.type == "cpu":  # where torch is slow at these norms
             peaks = torch.stack([end for part in parts for end in torch.aminmax(part)]).view(-1, 2)
         else:
             peaks = torch.stack(torch._foreach_norm(parts, math.inf))[:, None]

@@ -294,6 +294,16 @@ def test_a_damaged_file_of_a_tokenizer(name: str, content: bytes, directory: Pat
     assert name in message or (name != "tokenizer.json" and content[:1] in b'"{')
 
 
+@pytest.mark.parametrize("number", [2**32 - 1, 2**31, 10**18, -1, 1.5, "7"])
+def test_an_id_beyond_the_vocabulary_is_refused_before_a_model_has_its_rows(number: Any, tmp_path: Path) -> None:
+    names = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    tree = dict.fromkeys(names) | {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "merges": []}}
+    for entries in ({"a": 0, "</s>": 1}, {"a": 0, "</s>": number}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tree | {"model": tree["model"] | {"vocab": entries}}))
+        message = refuses(lambda: load_tokenizer(HF, str(tmp_path / "tokenizer.json")))
+        assert ("tokenizer.json" in message) == (entries["</s>"] == number)
+
+
 def test_fuzzed_sentencepiece_models(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.model"
 
