@@ -57,8 +57,7 @@ class LibraryEncoder:
         self._tokenizer = tokenizer
         self._encode = tokenizer.encode
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            # Threads for one text would only be started, and a process forked after that waits for them forever.
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads for one text would only be started
             self._encode = tokenizer.encode_quickly
 
     @cached_property
