@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from megapoly.data.documents import BadLine, Document, bad_line_error, documents_of, is_held_out
 from megapoly.data.indexed import token_dtype
+from megapoly.data.resume import leave_to_parent
 from megapoly.data.summary import Counts, counts_of
 from megapoly.data.text_input import Chunk, Position, Wanted
 from megapoly.errors import DataError, MegapolyError
@@ -134,8 +136,9 @@ def _count(
 _worker: tuple[Job, Tokenizer, Encoder] | None = None
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(job: Job, tokenizer: Tokenizer | None) -> None:
     global _worker
+    leave_to_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -145,7 +148,7 @@ def _start_worker(job: Job) -> None:
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model)
+    tokenizer = tokenizer or load_tokenizer(job.tokenizer_type, job.tokenizer_model)
     _worker = (job, tokenizer, make_encoder(job.backend, tokenizer, job.unlike))
 
 
@@ -165,9 +168,11 @@ def encode_chunks(
         encoder = make_encoder(job.backend, tokenizer, job.unlike)
         yield from (encode_chunk(job, tokenizer, encoder, chunk) for chunk in chunks)
         return
-    # spawn: a forked child would inherit the threads' locks of whoever calls this.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
+    # A forked worker has imports and tokenizer at once; it would also inherit the locks that other threads hold.
+    is_alone = sys.platform == "linux" and threading.active_count() == 1
+    context = multiprocessing.get_context("fork" if is_alone else "spawn")
+    given = (job, tokenizer if is_alone else None)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=given)
     pending: deque[Future[Batch]] = deque()
     failure: DataError | None = None
     try:

@@ -360,7 +360,9 @@ def _sample(paths: Sequence[str], wanted: Wanted) -> list[str]:
         left = SAMPLE_CHARACTERS
         for chunk in islice(read_chunks([path], wanted), 1):
             for _, document in documents_of(chunk, wanted):
-                if isinstance(document, BadLine) or left <= 0:
+                if left <= 0:
+                    break
+                if isinstance(document, BadLine):
                     continue
                 texts += [text[:left] for text in document.texts]
                 left -= sum(map(len, document.texts))

@@ -39,6 +39,7 @@ class Progress:
         if self._wants_bar:
             from tqdm import tqdm
 
+            tqdm.monitor_interval = 0  # no thread of its own: workers are forked only where there is one thread
             self._bar = tqdm(total=self._total, initial=done_bytes, unit="B", unit_scale=True, mininterval=0.5)
 
     def advance(self, done_bytes: int, documents: int) -> None:

@@ -12,6 +12,7 @@ from typing import IO, Any
 from megapoly.errors import DataError
 
 FORMAT = 1
+_held: list[IO[str]] = []
 
 
 @contextmanager
@@ -24,11 +25,20 @@ def only_writer(outputs: Sequence[str]) -> Iterator[None]:
     try:
         for output in sorted(outputs):
             held.append((f"{output}.lock", _lock(f"{output}.lock", output)))
+            _held.append(held[-1][1])
         yield
     finally:
         for path, file in reversed(held):
             Path(path).unlink(missing_ok=True)  # while the lock is held: who waits for it finds that it is gone
+            _held.remove(file)
             file.close()
+
+
+def leave_to_parent() -> None:
+    """In a forked child: what `only_writer` holds is the parent's alone, and ends with it."""
+    for file in _held:
+        file.close()
+    _held.clear()
 
 
 def _lock(path: str, output: str) -> IO[str]:

@@ -22,6 +22,8 @@ from megapoly.data.templates import Template
 from megapoly.errors import DataError
 
 CHUNK_BYTES = 1 << 20
+# The end of the last file comes in smaller chunks, so that all who work on chunks end at about the same time.
+END_BYTES, END_CHUNK_BYTES = 4 << 20, 1 << 17
 MAX_LINE_BYTES = 32 << 20
 MAX_EXPANSION = 200.0
 # Below this a file may expand as it likes: a few equal lines compress to almost nothing.
@@ -160,7 +162,7 @@ def read_chunks(paths: Sequence[str], wanted: Wanted, start: Position = Position
     before = sum(os.path.getsize(path) for path in paths[: start.file])
     for i in range(start.file, len(paths)):
         begin = start if i == start.file else Position(i, disk_bytes=before)
-        yield from _file_chunks(paths[i], wanted, begin, before)
+        yield from _file_chunks(paths[i], wanted, begin, before, is_last=i == len(paths) - 1)
         before += os.path.getsize(paths[i])
 
 
@@ -203,13 +205,14 @@ def _changed(path: str) -> DataError:
     return DataError(f"{path}: changed while it was read; wait until it is written as a whole")
 
 
-def _file_chunks(path: str, wanted: Wanted, start: Position, before: int) -> Iterator[Chunk]:
+def _file_chunks(path: str, wanted: Wanted, start: Position, before: int, is_last: bool = False) -> Iterator[Chunk]:
     try:
         with open(path, "rb") as disk:
             at_first = os.fstat(disk.fileno())
-            chunks = _parquet_chunks if is_parquet(path) else _jsonl_chunks
+            last = at_first.st_size - (END_BYTES if is_last else 0)
+            given = (path, disk, wanted, start, before)
             try:
-                yield from chunks(path, disk, wanted, start, before)
+                yield from _parquet_chunks(*given) if is_parquet(path) else _jsonl_chunks(*given, last)
             except _DAMAGE as error:  # a sum that is wrong tells no more than that something before it is
                 where = f"at or before byte {disk.tell():,} of {at_first.st_size:,}"
                 raise DataError(f"{path}: damaged or truncated {where} ({error}); fetch it again") from None
@@ -287,7 +290,9 @@ class _Text:
             pass
 
 
-def _jsonl_chunks(path: str, disk: BinaryIO, wanted: Wanted, start: Position, before: int) -> Iterator[Chunk]:
+def _jsonl_chunks(
+    path: str, disk: BinaryIO, wanted: Wanted, start: Position, before: int, last: int
+) -> Iterator[Chunk]:
     with ExitStack() as stack:
         text = _Text(path, disk, wanted.limits, stack)
         text.skip(start.offset)
@@ -298,7 +303,8 @@ def _jsonl_chunks(path: str, disk: BinaryIO, wanted: Wanted, start: Position, be
             return Chunk(path, lines + 1, data, end)
 
         while True:
-            piece, unread = unread or text.read(CHUNK_BYTES), b""
+            size = CHUNK_BYTES if disk.tell() < last else min(CHUNK_BYTES, END_CHUNK_BYTES)
+            piece, unread = unread or text.read(size), b""
             cut = piece.rfind(b"\n") + 1
             if cut or not piece:
                 data = b"".join([*held, piece[:cut]])

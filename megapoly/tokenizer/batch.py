@@ -7,6 +7,7 @@ bounds that memory, and is taken only where its ids equal the library's on hard 
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,11 +54,15 @@ class LibraryEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
+        self._tokenizer = tokenizer
         self._encode = tokenizer.encode
         if isinstance(tokenizer, HuggingFaceTokenizer):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads for one text would only be started
             self._encode = tokenizer.encode_quickly
-        self._cuts_long_texts = _can_be_cut(tokenizer)
+
+    @cached_property
+    def _cuts_long_texts(self) -> bool:
+        return _can_be_cut(self._tokenizer)  # goes through the whole vocabulary: no work for every start
 
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Ids:
         # An array for each text: a list of Python's numbers takes ten times the memory.

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,7 +106,9 @@ class HuggingFaceTokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         content = _read(file)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            # In a thread, which has memory of its own: what loading leaves there in small holes, encoding does not get.
+            with ThreadPoolExecutor(1) as thread:
+                self._tokenizer = thread.submit(tokenizers.Tokenizer.from_buffer, content).result()
         except Exception as error:  # the library raises bare Exception, ValueError and its own panics alike
             hint = "give tokenizer_type SentencePieceTokenizer" if file.suffix == ".model" else "copy it again"
             reason = " ".join(str(error).split())[:120]

@@ -41,6 +41,17 @@ def test_smoke(tmp_path: Path) -> None:
         assert told["mb_per_second"]["megapoly"] == pytest.approx(told["mb"] / told["seconds"]["megapoly"])
         assert 0.01 < told["gb"]["megapoly"] < 4
     assert document["results"][1]["start_seconds"] > 0
+    assert isinstance(document["results"][0]["ratio_of_slopes"], float)
+    assert "ratio_of_slopes" not in document["results"][1]
+
+
+def test_the_ratio_of_slopes_counts_no_start(bench: Any) -> None:
+    def costs(start: float, slope: float, mb: float) -> list[Any]:
+        return [bench.Cost(start + slope * mb, 0.0, 0)] * 3
+
+    whole = {"megapoly": costs(9.0, 0.2, 100), "bare": costs(1.0, 0.1, 100)}
+    quarter = {"megapoly": costs(9.0, 0.2, 25), "bare": costs(1.0, 0.1, 25)}
+    assert bench.ratio_of_slopes(whole, quarter) == pytest.approx(0.5)
 
 
 def test_bounds_are_judged_on_the_right_side(bench: Any) -> None:
