@@ -143,7 +143,7 @@ def build(cls: type, tree: dict[str, Any], where: str) -> Any:
         values[key] = coerce(value, hints[key], at)
         choices = known[key].metadata.get("choices")
         if choices and values[key] is not None and values[key] not in choices:
-            raise ConfigError(f"{at} must be one of {', '.join(choices)}, not '{values[key]}'")
+            raise ConfigError(f"{at} must be one of {', '.join(choices)}, not '{str(values[key])[:60]}'")
     for name, f in known.items():
         missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if missing and name not in values:

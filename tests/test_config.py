@@ -230,3 +230,8 @@ def test_a_preset_finds_its_data_under_data_root(tmp_path: Path) -> None:
     cfg = load_config("tiny", {"data_root": str(tmp_path)})
     assert cfg.data.sources[1].paths == [os.path.join(tmp_path, "zh_text_document")]
     assert cfg.tokenizer.tokenizer_model == os.path.join(tmp_path, "tokenizer.model")
+
+
+def test_what_is_no_choice_is_quoted_in_part() -> None:
+    with pytest.raises(ConfigError, match=r"must be one of .*, not 'a{60}'$"):
+        load_config("tiny", {"lr_decay_style": "a" * 10**6})
