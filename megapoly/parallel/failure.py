@@ -235,7 +235,7 @@ class _Watch:
             self.leave(f"the launcher's store is gone ({error})")
 
     def _guard(self) -> None:
-        """End this rank where the store does not answer: its operations have no bound where a frozen process holds it."""
+        """End this rank where the store does not answer: operations on one that a frozen process holds never end."""
         seen = rounds = 0
         while not self.is_over.wait(self.interval):  # counted, as a clock also runs while this process is stopped
             rounds = rounds + 1 if self._rounds == seen else 0
