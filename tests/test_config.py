@@ -230,3 +230,25 @@ def test_a_preset_finds_its_data_under_data_root(tmp_path: Path) -> None:
     cfg = load_config("tiny", {"data_root": str(tmp_path)})
     assert cfg.data.sources[1].paths == [os.path.join(tmp_path, "zh_text_document")]
     assert cfg.tokenizer.tokenizer_model == os.path.join(tmp_path, "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run-dir", ""], "flag --run-dir needs a value"),
+        (["--save-copy="], "flag --save-copy needs a value"),
+        (["--load", " "], "flag --load needs a value"),
+        (["--save-steps", ""], "flag --save-steps needs a value"),
+        (["--save-steps", "3,1,"], "flag --save-steps needs a value, not '3,1,': one is empty"),
+        (["--save-interval="], "flag --save-interval needs a value"),
+    ],
+)
+def test_an_empty_value_is_none(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_flags(words)
+
+
+def test_an_empty_name_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("logging: {run_dir: ''}\n")
+    with pytest.raises(ConfigError, match=r"run_dir must not be empty"):
+        load_config(str(tmp_path / "a.yaml"), {})
