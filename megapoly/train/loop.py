@@ -194,7 +194,7 @@ def say_news(run: Run, saver: Saver) -> None:
         try:
             remember_saves(run.cfg)
         except OSError as error:
-            run.console.say(f"  warning: {error.filename}: cannot be written ({error.strerror})")
+            run.console.say(f"  warning: {run.cfg.logging.run_dir}/saved_to cannot be written ({error.strerror})")
 
 
 def introduce(run: Run) -> None:
