@@ -29,12 +29,13 @@ def _is(hint: Any, kind: type) -> bool:
 
 def _value(leaf: str, text: str) -> Any:
     """The plain value of a flag's text: strings stay as they are, the rest is read as a YAML 1.2 scalar."""
-    hint = _hint(leaf)
+    hint, flag = _hint(leaf), f"flag --{leaf.replace('_', '-')}"
+    parts = text.split(",") if _is(hint, list) else [text]
+    if not all(part.strip() for part in parts):
+        raise ConfigError(f"{flag} needs a value" + (f", not '{text}': one is empty" if len(parts) > 1 else ""))
     if _is(hint, str):
         return text
-    if _is(hint, list):
-        return [parse_yaml(part, f"flag --{leaf.replace('_', '-')}") for part in text.split(",")]
-    return parse_yaml(text, f"flag --{leaf.replace('_', '-')}")
+    return [parse_yaml(part, flag) for part in parts] if _is(hint, list) else parse_yaml(text, flag)
 
 
 def _taken(words: list[str], is_list: bool) -> list[str]:

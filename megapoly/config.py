@@ -98,6 +98,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     if hint is str and isinstance(value, str):
+        if not value.strip():
+            raise ConfigError(f"{where} must not be empty; leave it out")
         if _UNPRINTABLE.search(value):
             raise ConfigError(
                 f"{where} is no text: {ascii(value)[:80]} (control characters, or bytes that are not UTF-8)"

@@ -235,3 +235,25 @@ def test_a_preset_finds_its_data_under_data_root(tmp_path: Path) -> None:
 def test_what_is_no_choice_is_quoted_in_part() -> None:
     with pytest.raises(ConfigError, match=r"must be one of .*, not 'a{60}'$"):
         load_config("tiny", {"lr_decay_style": "a" * 10**6})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run-dir", ""], "flag --run-dir needs a value"),
+        (["--save-copy="], "flag --save-copy needs a value"),
+        (["--load", " "], "flag --load needs a value"),
+        (["--save-steps", ""], "flag --save-steps needs a value"),
+        (["--save-steps", "3,1,"], "flag --save-steps needs a value, not '3,1,': one is empty"),
+        (["--save-interval="], "flag --save-interval needs a value"),
+    ],
+)
+def test_an_empty_value_is_none(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_flags(words)
+
+
+def test_an_empty_name_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("logging: {run_dir: ''}\n")
+    with pytest.raises(ConfigError, match=r"run_dir must not be empty"):
+        load_config(str(tmp_path / "a.yaml"), {})

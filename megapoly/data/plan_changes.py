@@ -74,7 +74,7 @@ def _source_changes(old: Plan, new: Plan) -> list[PlanChange]:
         elif was.tokens != now.tokens:
             text = f"source '{now.name}' had {was.tokens:,} tokens and has {now.tokens:,}"
             changes.append(PlanChange(since, text))
-        elif (was.packed, was.slices) != (now.packed, now.slices):
+        elif (was.packed and was.slices) != (now.packed and now.slices):
             there, here = (f"{s.slices:,} packed rows" if s.packed else "not packed" for s in (was, now))
             changes.append(PlanChange(since, f"source '{now.name}' was {there} and is {here}"))
     return changes

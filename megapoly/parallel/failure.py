@@ -2,8 +2,8 @@
 
 Each rank has a thread that gives a sign of life in the launcher's store, watches the next rank's and its own main
 thread's progress, and looks there for the end of the job, which the first who knows of it writes down. So ranks end
-together even where the main thread waits in a collective that never returns. The same threads agree on the step after
-which all stop when a rank gets SIGTERM or SIGUSR1.
+together even where the main thread waits in a collective that never returns. A second thread watches whether the store
+answers the first. The same threads agree on the step after which all stop when a rank gets SIGTERM, SIGUSR1 or SIGINT.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megapoly.errors import EXIT_STATUS, FAILURE_STATUS, SPEAKER_SECONDS, MegapolyError
+from megapoly.parallel.joining import is_launchers_store
 from megapoly.parallel.mesh import Mesh, launcher_store
 from megapoly.parallel.progress import Progress
 from megapoly.parallel.stacks import Frames, collective, describe, frames_of_all_threads, report, stacks_of_this_rank
 
 MISTAKE = "error: "  # how the end begins where a user's mistake is the reason, of which one rank has spoken
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # both of Slurm's, before it takes the hosts away
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # Slurm's, before it takes the hosts away, and Ctrl-C
 SETTLE_SECONDS = 0.1  # between two looks at the steps that others have committed to
 
 
@@ -48,6 +49,7 @@ def ending_together(mesh: Mesh, timeout_minutes: float, progress: Progress, run_
     except MegapolyError as error:
         watch.stop()  # first: it would act on the end
         watch.end(f"{MISTAKE if error.status == EXIT_STATUS else ''}{error}")
+        watch.await_readers()
         raise
     except Exception as error:
         if _is_from_outside(error):
@@ -58,13 +60,18 @@ def ending_together(mesh: Mesh, timeout_minutes: float, progress: Progress, run_
         sys.stderr.flush()
         watch.end(f"{watch.name} ended with {type(error).__name__}: {error}")
         os._exit(FAILURE_STATUS)
-    watch.stop()
+    else:
+        watch.stop()
+    finally:
+        watch.is_over.set()
 
 
 @contextlib.contextmanager
 def _stopping_alone(progress: Progress) -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         progress.stop_alone(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
@@ -93,7 +100,7 @@ class _Watch:
         self.store.set(f"rank/{self.rank}", json.dumps([self.host, os.getpid()]))
         self.store.set(f"sign/{self.rank}", "")
         self.store.wait([f"{key}/{rank}" for key in ("rank", "sign") for rank in self._others])
-        self._is_frozen = self._is_settled = self._has_told = False
+        self._is_frozen = self._is_settled = self._has_told = self._is_interrupted = False
         self.stood: Frames | None = None  # where the main thread stood when a collective failed there
         self._leaving = threading.Lock()
         self._waker, self._woken = socket.socketpair()
@@ -101,8 +108,13 @@ class _Watch:
         # Python's own handler would wait for the main thread, which may never come back from a collective.
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._holds_store = self.rank == 0 and not is_launchers_store()
+        holder = "the launcher" if is_launchers_store() else self._name(0)
+        self._silent_store = f"{holder}, which holds the store of the job, gives no sign of life"
+        self._rounds, self.is_over = 0, threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="guard", daemon=True).start()
 
     def stop(self) -> None:
         """End the watch; this rank needs the others no more."""
@@ -117,19 +129,42 @@ class _Watch:
         """Write down why the job ends, unless somebody has; returns the reason that stands."""
         return self.store.compare_set("end", "", reason).decode()
 
-    def leave(self, reason: str, status: int = FAILURE_STATUS) -> None:
-        """End this process, saying where it stood and who is gone; after a user's mistake, silently."""
+    def await_readers(self) -> None:
+        """Where the store ends with this process, let the others read there first why they end."""
+        self.store.set(f"read/{self.rank}", "")
+        until = time.monotonic() + 2 * self.interval
+        while self._holds_store and time.monotonic() < until:
+            if self.store.check([f"read/{rank}" for rank in self._others]):
+                return
+            time.sleep(self.interval / 20)
+
+    def leave(self, reason: str, sent: signal.Signals | None = None) -> None:
+        """End this process, saying where it stood and who is gone; after a user's mistake, silently.
+
+        `sent` is the signal by which the launcher asks for it.
+        """
         with self._leaving:  # for ever
             if reason.startswith(MISTAKE):
-                # The launcher would end the rank that speaks as soon as this one is gone.
-                select.select([self._woken], [], [], SPEAKER_SECONDS)
+                if sent is None:
+                    self._let_the_speaker_finish()
                 os._exit(EXIT_STATUS)
             where = describe(self.stood or frames_of_all_threads(), self.mesh)
             print(f"{self.name}: {where}: {reason}", file=sys.stderr, flush=True)
-            os._exit(status)
+            os._exit(FAILURE_STATUS if sent is None else 128 + sent)
+
+    def _let_the_speaker_finish(self) -> None:
+        """Wait: the launcher would end the rank that speaks, mostly the main one, as soon as this one is gone."""
+        until = time.monotonic() + SPEAKER_SECONDS
+        main = json.loads(self.store.get("rank/0"))
+        self.store.set(f"read/{self.rank}", "")  # from here on there may be no store
+        while time.monotonic() < until and self._state(*main) is None:
+            if select.select([self._woken], [], [], SETTLE_SECONDS)[0]:
+                return
 
     def find_culprit(self, error: str) -> str:
         """Who is gone; where that does not show at once, who gives no more signs of life."""
+        with self._leaving:
+            pass  # where the watch is ending this process, it knows
         try:
             before = self._signs()
             until = time.monotonic() + 3 * self.interval
@@ -149,13 +184,12 @@ class _Watch:
         if self.store.check(["end"]):
             return self.store.get("end").decode()
         for rank in self._others:
-            if (state := self._state(rank)) is not None:
+            if (state := self._state(*json.loads(self.store.get(f"rank/{rank}")))) is not None:
                 return self.end(f"{self._name(rank)} {state}")
         return None
 
-    def _state(self, rank: int) -> str | None:
+    def _state(self, host: str, process: int) -> str | None:
         """What is wrong with a rank's process, where it is of this host."""
-        host, process = json.loads(self.store.get(f"rank/{rank}"))
         if host != self.host or not Path("/proc/self/stat").exists():
             return None
         try:
@@ -176,6 +210,7 @@ class _Watch:
         seen, since = b"", time.monotonic()
         try:
             while True:
+                self._rounds += 1
                 self.store.set(f"sign/{self.rank}", str(time.time()))
                 if self.store.check(["end"]):
                     self.leave(self.store.get("end").decode())
@@ -199,12 +234,24 @@ class _Watch:
         except dist.DistError as error:
             self.leave(f"the launcher's store is gone ({error})")
 
+    def _guard(self) -> None:
+        """End this rank where the store does not answer: operations on one that a frozen process holds never end."""
+        seen = rounds = 0
+        while not self.is_over.wait(self.interval):  # counted, as a clock also runs while this process is stopped
+            rounds = rounds + 1 if self._rounds == seen else 0
+            seen = self._rounds
+            if rounds * self.interval > self.limit:
+                self.leave(f"{self._silent_store}, for {rounds * self.interval:.0f} s now")
+
     # Stopping together
 
     def _take(self, sent: signal.Signals) -> None:
         """A signal to stop; SIGTERM is also how the launcher ends a rank when another is gone."""
+        if sent == signal.SIGINT and self._is_interrupted:
+            self.leave("a second SIGINT, nothing is saved", sent)
+        self._is_interrupted |= sent == signal.SIGINT
         if sent == signal.SIGTERM and (reason := self._known_culprit()) is not None:
-            self.leave(reason, 128 + sent)
+            self.leave(reason, sent)
         self.store.compare_set("stop", "", f"{sent.name} to {self.name}")
 
     def _settle(self) -> None:

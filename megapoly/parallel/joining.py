@@ -14,9 +14,14 @@ import torch.distributed as dist
 INTERVAL = 0.02  # seconds between two looks
 
 
+def is_launchers_store() -> bool:
+    """Whether torchrun holds the store of the ranks' rendezvous; without it rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
     """Make the process group; under torchrun, of this start's ranks alone."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the main rank makes a store of its own
+    if not is_launchers_store():
         dist.init_process_group(backend, timeout=timeout)
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -11,14 +11,21 @@ from typing import Any
 from megapoly.parallel.collectives import Pending
 from megapoly.parallel.mesh import Mesh
 
+WATCHERS = ("watch", "guard")  # threads of the watch over a run, which stand nowhere
 Frames = list[tuple[FrameType, int]]  # with the line in each, outermost first
 
 
 def frames_of_all_threads() -> Frames:
     """The main thread's first: on a GPU, backward passes run in another."""
-    own, main = threading.get_ident(), threading.main_thread().ident
+    return [pair for _, top in _stacks() for pair in [*traceback.walk_stack(top)][::-1]]
+
+
+def _stacks() -> list[tuple[int, FrameType]]:
+    """The innermost frame of each thread, the main one's first, but for the caller and the watch."""
+    left_out = {thread.ident for thread in threading.enumerate() if thread.name in WATCHERS} | {threading.get_ident()}
+    main = threading.main_thread().ident
     stacks = sorted(sys._current_frames().items(), key=lambda entry: entry[0] != main)
-    return [pair for ident, top in stacks if ident != own for pair in [*traceback.walk_stack(top)][::-1]]
+    return [(ident, top) for ident, top in stacks if ident not in left_out]
 
 
 def describe(frames: Frames, mesh: Mesh) -> str:
@@ -62,9 +69,9 @@ def stacks_of_this_rank() -> str:
     """The Python stacks of the main thread and of every other one that runs code of ours, but of the caller."""
     texts = []
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, top in sorted(sys._current_frames().items(), key=lambda entry: names.get(entry[0]) != "MainThread"):
+    for ident, top in _stacks():
         is_main = ident == threading.main_thread().ident
-        if ident == threading.get_ident() or not (is_main or any(_is_ours(f) for f, _ in traceback.walk_stack(top))):
+        if not (is_main or any(_is_ours(f) for f, _ in traceback.walk_stack(top))):
             continue
         texts.append(f"  thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(top))}")
     return "".join(texts)

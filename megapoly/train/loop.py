@@ -12,6 +12,7 @@ from megapoly.log import duration
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.mesh import describe_host
 from megapoly.parallel.replicas import check_replicas
+from megapoly.train.begun import forget_saves, remember_saves
 from megapoly.train.metrics import Metrics, progress_line, say_validation
 from megapoly.train.rollback import roll_back
 from megapoly.train.setup import Run, describe_pipeline
@@ -139,6 +140,8 @@ def begin_record(run: Run) -> None:
     """A run that begins anew has not been rolled back; one that goes on says what it leaves out."""
     if run.mesh.is_main:
         level_rollbacks(roots_of(run.cfg.checkpoint), run.prepared.is_resume)
+        if not run.prepared.is_resume:
+            forget_saves(run.cfg)
     for begin, end in run.prepared.plan.left_out:
         run.console.say(f"samples {begin:,} to {end:,} are left out (of {run.prepared.num_samples:,}) after a spike")
 
@@ -184,8 +187,14 @@ def make_saver(run: Run, failed_saves: int = 0) -> Saver:
 
 def say_news(run: Run, saver: Saver) -> None:
     """What came of earlier saves."""
-    for line in saver.news():
+    news = saver.news()
+    for line in news:
         run.console.say(f"  {line}")
+    if news and run.mesh.is_main:
+        try:
+            remember_saves(run.cfg)
+        except OSError as error:
+            run.console.say(f"  warning: {run.cfg.logging.run_dir}/saved_to cannot be written ({error.strerror})")
 
 
 def introduce(run: Run) -> None:

@@ -33,6 +33,7 @@ from megapoly.parallel.mesh import (
 from megapoly.parallel.progress import Progress
 from megapoly.plan.memory import describe_memory
 from megapoly.sections import Config
+from megapoly.train.begun import check_not_lost
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, prepare
 from megapoly.train.replay import prepared_before, run_again
@@ -83,6 +84,8 @@ def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
             sys.exit(0)
         else:
             refuse_unknown([word], known=["config", "dry_run", "replay"])
+    if is_dry_run and replayed is not None:
+        raise ConfigError("--dry-run computes nothing, --replay a step: give one of them")
     if name is None:
         is_on_gpu = torch.cuda.is_available() and flags.get("distributed_backend") != "gloo"
         name = gpu_preset if is_on_gpu else cpu_preset
@@ -150,7 +153,7 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
             choose_backends(cfg.precision, torch.device("cuda" if is_on_gpu else "cpu"))
         check(cfg, world)
         provide_corpus(asked.name, cfg, corpus)
-        prepared = prepare(asked.config(), world, torch.cuda.is_available())
+        prepared = prepare(asked.config(), world, torch.cuda.is_available(), writes=asked.replayed is None)
         if asked.is_dry_run:
             if local_rank() == 0:
                 dry_run(prepared, world)
@@ -165,6 +168,8 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
                     "give another --run-dir to start anew, or longer stages to go on"
                 )
             return
+        else:
+            check_not_lost(prepared)
         die_with_launcher()
         mesh = init_mesh(cfg)
         is_joined = True  # from here on a rank may meet what the others do not

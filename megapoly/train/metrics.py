@@ -1,9 +1,7 @@
 """Records of a run: metrics.jsonl (one object a step), TensorBoard, and the line a person reads."""
 
 import dataclasses
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +10,10 @@ from typing import Any
 import torch
 
 from megapoly.data.sources import language_of
+from megapoly.errors import ConfigError
 from megapoly.log import Console
 from megapoly.model.count import flops_per_token
+from megapoly.train.rows import RowFile, drop_rows_after
 from megapoly.train.setup import Run
 from megapoly.train.step import StepStats
 
@@ -27,13 +27,6 @@ def peak_tflops(run: Run) -> float | None:
         return run.cfg.logging.peak_tflops
     name = torch.cuda.get_device_name(run.mesh.device)
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def _finite(value: Any) -> Any:
-    """Plain data with every number that is not finite as None, since JSON has no name for it."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def by_group(groups: dict[str, str], losses: dict[str, float], tokens: dict[str, int]) -> dict[str, float]:
@@ -79,18 +72,28 @@ class Metrics:
         self._pending: list[tuple[int, StepStats | None]] = []
         self._rows: list[dict[str, Any]] = []
         self._clock = time.perf_counter()
-        self._file = None
-        self._board = None
+        self._file: RowFile | None = None
+        self._board: Any = None
         if run.mesh.is_main:
             run_dir = Path(run.cfg.logging.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(run.cfg.to_yaml(), encoding="utf-8")
-            drop_rows_after(run_dir / "metrics.jsonl", run.prepared.start_step)
-            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-            if run.cfg.logging.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+            try:
+                self._open(run_dir)
+            except OSError as error:
+                where = error.filename or run_dir
+                raise ConfigError(
+                    f"{where}: cannot be written ({error.strerror}); make room there, then start again"
+                ) from None
 
-                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=run.prepared.start_step + 1)
+    def _open(self, run_dir: Path) -> None:
+        cfg, start = self.run.cfg, self.run.prepared.start_step
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
+        drop_rows_after(run_dir / "metrics.jsonl", start)
+        self._file = RowFile(run_dir / "metrics.jsonl")
+        if cfg.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
 
     def start_clock(self) -> None:
         """Begin to count the time of the steps that follow."""
@@ -131,14 +134,27 @@ class Metrics:
         return self._rows[-1]
 
     def write(self) -> None:
-        """Write the rows that were read."""
-        for row in self._rows:
-            if self._file is not None:
-                self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
-                self._file.flush()
-            if self._board is not None:
-                self._write_board(row)
+        """Write the rows that were read; those that a full disk does not take are written once it does."""
+        if self._file is not None:
+            waited = self._file.num_waiting
+            try:
+                self._file.write(self._rows)
+            except OSError as error:
+                if not waited:
+                    self._warn(f"metrics.jsonl cannot be written ({error.strerror}); its rows are kept in memory")
+        if self._board is not None:
+            try:
+                for row in self._rows:
+                    self._write_board(row)
+            except OSError as error:
+                self._board = None
+                self._warn(
+                    f"TensorBoard's files cannot be written ({error.strerror}); it gets nothing more until a restart"
+                )
         self._rows = []
+
+    def _warn(self, text: str) -> None:
+        self.run.console.say(f"  warning: {text}")
 
     def by_source(self, sums_and_counts: list[list[float]]) -> tuple[dict[str, float], dict[str, int]]:
         """(mean loss, tokens) of each source that had any, from fp64 [2, sources]."""
@@ -198,39 +214,23 @@ class Metrics:
         }
 
     def _write_board(self, row: dict[str, Any]) -> None:
-        assert self._board is not None
         for key, value in row.items():
             for part, number in value.items() if isinstance(value, dict) else ((None, value),):
                 if isinstance(number, (int, float)) and key != "step":
                     self._board.add_scalar(key if part is None else f"{key}/{part}", number, row["step"])
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish the files; what metrics.jsonl has not taken by then is lost."""
+        self.write()
         if self._file is not None:
+            if self._file.num_waiting:
+                self._warn(f"{self._file.num_waiting} rows of metrics.jsonl could not be written")
             self._file.close()
         if self._board is not None:
-            self._board.close()
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones."""
-    if not path.exists():
-        return
-    kept = []
-    lines = path.read_bytes().split(b"\n")
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the line that was being written when the run was killed, or none of ours
-        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] <= step:
-            kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+            try:
+                self._board.close()
+            except OSError as error:
+                self._warn(f"TensorBoard's files cannot be finished ({error.strerror})")
 
 
 def progress_line(run: Run, row: dict[str, Any], left: str) -> str:

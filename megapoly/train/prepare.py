@@ -304,15 +304,18 @@ def _check_writable(folder: str) -> None:
         raise ConfigError(f"{folder}: cannot be written: {existing} is no writable directory; give another place")
 
 
-def prepare(cfg: Config, world_size: int, has_cuda: bool) -> Prepared:
-    """Check everything that needs no process group; the same on every rank. Raises MegapolyErrors."""
+def prepare(cfg: Config, world_size: int, has_cuda: bool, writes: bool = True) -> Prepared:
+    """Check everything that needs no process group; the same on every rank. Raises MegapolyErrors.
+
+    `writes`: whether the run is to write to its directories; a replay does not.
+    """
     cfg = resolve(cfg, has_cuda)
     check(cfg, world_size)
-    assert cfg.checkpoint.save is not None
-    _check_writable(cfg.logging.run_dir)
-    _check_writable(cfg.checkpoint.save)
-    if cfg.checkpoint.save_copy is not None:
-        _check_writable(cfg.checkpoint.save_copy)
+    for folder in (cfg.logging.run_dir, cfg.checkpoint.save, cfg.checkpoint.save_copy):
+        if writes and folder is not None:
+            _check_writable(folder)
+    if cfg.checkpoint.load is not None and not Path(cfg.checkpoint.load).exists():
+        raise ConfigError(f"load {cfg.checkpoint.load}: there is no such directory; give another or leave it out")
     vocab_size, tokenizer = resolve_vocab_size(cfg)
     streams = open_sources(cfg, vocab_size)
     valid = [TokenStream(s.valid_paths, vocab_size) if s.valid_paths else None for s in cfg.data.sources]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapoly.checkpoint.folders import roots_of, step_folders
+from megapoly.checkpoint.folders import roots_of, step_folders, step_of
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.errors import CheckpointError, ConfigError, DamageError, Echo
 from megapoly.parallel.collectives import all_reduce_
 from megapoly.train.metrics import mean
-from megapoly.train.prepare import Prepared, as_begun
+from megapoly.train.prepare import Prepared, as_begun, own_checkpoints
 from megapoly.train.rollback import has_way_of
+from megapoly.train.rows import rows_of
 from megapoly.train.setup import Run
 from megapoly.train.start import load_state
 from megapoly.train.step import train_step
@@ -33,6 +33,9 @@ def prepared_before(prepared: Prepared, step: int) -> Prepared:
     A step that a rollback leaves out is replayed as it was before: with its data. Raises ConfigError for a step that
     the run does not have.
     """
+    run_dir = Path(prepared.cfg.logging.run_dir)
+    if not own_checkpoints(prepared.cfg) and not (run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(f"{run_dir}: no run to replay a step of: it has neither metrics.jsonl nor checkpoints")
     if not 1 <= step <= prepared.num_steps:
         raise ConfigError(f"replay ({step}) must be a step of the run, from 1 to {prepared.num_steps}")
     folders = [folder for root in roots_of(prepared.cfg.checkpoint) for folder in step_folders(root)]
@@ -113,7 +116,8 @@ def replay(run: Run, step: int) -> bool:
     layer, parameter = probe.first_layer(), probe.first_parameter()
     console.say(f"first output that is not finite: {'none' if layer is None else f'that of {layer}'}")
     console.say(f"first gradient that is not finite: {'none' if parameter is None else f'that of {parameter}'}")
-    console.say(compared(again, recorded(Path(run.cfg.logging.run_dir) / "metrics.jsonl", step)))
+    told = compared(again, recorded(Path(run.cfg.logging.run_dir) / "metrics.jsonl", step))
+    console.say(told + (other_layout(run, step) if told.startswith("differs") else ""))
     return True
 
 
@@ -190,16 +194,8 @@ def _size(norm: float) -> float:
 
 def recorded(path: Path, step: int) -> dict[str, Any] | None:
     """A step's row of metrics.jsonl; None where it has none."""
-    if not path.is_file():
-        return None
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the line that was being written when the run was killed, or none of ours
-        if isinstance(row, dict) and row.get("step") == step:
-            return None if "left_out" in row else row
-    return None
+    found = next((row for _, row in rows_of(path) if row["step"] == step), None)
+    return None if found is None or "left_out" in found else found
 
 
 def compared(again: dict[str, Any], row: dict[str, Any] | None) -> str:
@@ -218,3 +214,20 @@ def compared(again: dict[str, Any], row: dict[str, Any] | None) -> str:
                 by = f" (by {abs(value - was) / abs(was):.2g})" if is_number else ""
                 differing.append(f"{label} was {str(was)[:40]} and is {value}{by}")
     return "equal to its row of metrics.jsonl" if not differing else f"differs from its row: {'; '.join(differing)}"
+
+
+def other_layout(run: Run, step: int) -> str:
+    """In words, that a step was made on another layout than this one, as the next checkpoint has it; else empty."""
+    folders = sorted(own_checkpoints(run.cfg), key=lambda folder: step_of(folder) or 0)
+    made = [folder for folder in folders if (step_of(folder) or 0) >= step] or folders[-1:]
+    here = run.checkpoint_state(step)["layout"]
+    try:
+        there = CheckpointReader.at(made[0]).state.get("layout") if made else None
+    except CheckpointError:
+        there = None  # damaged: nobody knows
+    if not isinstance(there, dict) or there.keys() != here.keys() or there == here:
+        return ""
+    was, now = (
+        " x ".join(f"{name.upper()} {str(size)[:9]}" for name, size in sizes.items()) for sizes in (there, here)
+    )
+    return f" (it was made on {was}, this is {now}: sums are taken in another order)"

@@ -36,7 +36,8 @@ def roll_back(run: Run, spike: Spike) -> Run | None:
     run.watch.spike = None
     prepared = _going_back(run, roots[place] / step_name(step), spike) if step else None
     if prepared is None:
-        run.console.say(f"  step {spike.step}: no checkpoint before it, or no step after it: the run goes on")
+        why = "no step after it" if step else "no checkpoint before it (--save-interval says how often one is made)"
+        run.console.say(f"  step {spike.step}: {why}: the run goes on")
         return None
     if number >= cfg.resilience.max_rollbacks:
         if not mesh.is_main:
@@ -49,6 +50,11 @@ def roll_back(run: Run, spike: Spike) -> Run | None:
     if mesh.is_main:
         _write(roots, step, [*done, Rollback(spike.step, str(spike), step, begin, end)])
     run.console.say(f"  step {spike.step}: back to step {step}; samples {begin:,} to {end:,} are left out")
+    if end == prepared.samples_after(prepared.num_steps - 1):
+        batches = cfg.resilience.rollback_batches
+        run.console.say(
+            f"  warning: of what was left of the run, rollback_batches ({batches}) spares the last step only"
+        )
     plan = dataclasses.replace(prepared.plan, left_out=united(prepared.plan.left_out))
     return run.starting_from(dataclasses.replace(prepared, plan=plan))
 

@@ -30,8 +30,8 @@ from megapoly.hf.tokenizer import read_sentencepiece, sentencepiece_to_tokenizer
 from megapoly.parallel.mesh import single_process_mesh
 from megapoly.tokenizer.load import load_tokenizer
 from megapoly.tokenizer.train import train_sentencepiece
-from megapoly.train.metrics import drop_rows_after
 from megapoly.train.prepare import with_start
+from megapoly.train.rows import drop_rows_after
 from megapoly.train.setup import build_run
 
 SECONDS = float(os.environ.get("MEGAPOLY_FUZZ_SECONDS", "3"))  # a reader

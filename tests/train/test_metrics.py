@@ -1,8 +1,13 @@
 """Records: every step's row with its fields, TensorBoard, and what a resume drops."""
 
+import errno
 import json
 import math
+import os
+import resource
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,11 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import tiny_config, tiny_run
 
 from megapoly.data.plan_report import summary
+from megapoly.errors import ConfigError
 from megapoly.model.count import flops_per_token
-from megapoly.parallel.mesh import Mesh
+from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
-from megapoly.train.metrics import _finite, drop_rows_after, mean
+from megapoly.train.metrics import Metrics, mean
+from megapoly.train.rows import RowFile, drop_rows_after, finite, rows_of
 
 
 def train_it(mesh: Mesh, cfg: Config) -> dict:
@@ -86,7 +93,7 @@ def test_rows_have_planned_and_realised_shares_and_losses_by_source_and_language
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:
-    assert _finite({"a": math.nan, "b": {"c": math.inf, "d": 1.0}, "e": "x", "f": None}) == {
+    assert finite({"a": math.nan, "b": {"c": math.inf, "d": 1.0}, "e": "x", "f": None}) == {
         "a": None, "b": {"c": None, "d": 1.0}, "e": "x", "f": None,
     }  # fmt: skip
     assert math.isnan(mean({}, {}, ["en"]))
@@ -98,6 +105,48 @@ def test_a_resume_drops_later_and_torn_rows(tmp_path: Path) -> None:
     drop_rows_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     drop_rows_after(tmp_path / "none.jsonl", 2)
+
+
+def test_rows_that_a_full_disk_does_not_take_follow_whole_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    file = RowFile(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))  # in the middle of step 3: a short write, then none
+    try:
+        file.write([{"step": 2}])
+        for step in (3, 4):
+            with pytest.raises(OSError):
+                file.write([{"step": step, "loss": 1.0}])
+            assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and file.num_waiting == step - 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.write([{"step": 5}])
+    assert [row["step"] for _, row in rows_of(path)] == [1, 2, 3, 4, 5] and file.num_waiting == 0
+    file.close()
+
+
+def test_a_run_goes_on_where_its_records_find_no_room(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows are written once there is room again; TensorBoard is given up; a start without room ends in one line."""
+    run = tiny_run(single_process_mesh(), tiny_config(tmp_path, "gpt2", tensorboard=True))
+    metrics = Metrics(run)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    metrics._rows = [{"step": 1, "loss": 2.0}]
+    with pytest.MonkeyPatch.context() as patch:
+        assert metrics._file is not None
+        patch.setattr(metrics._file, "_file", SimpleNamespace(write=lambda _: 3, truncate=lambda _: None))
+        patch.setattr(metrics._board, "add_scalar", Mock(side_effect=full))
+        metrics.write()
+        metrics.write()
+    metrics._rows = [{"step": 2, "loss": 2.0}]
+    metrics.close()
+    out = capfd.readouterr().out
+    assert out.count("metrics.jsonl cannot be written (No space left on device)") == 1, out
+    assert out.count("TensorBoard's files cannot be written") == 1 and "could not be written" not in out
+    assert [row["step"] for _, row in rows_of(Path(run.cfg.logging.run_dir) / "metrics.jsonl")] == [1, 2]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="No space left on device.*make room"):
+        patch.setattr(Path, "write_text", Mock(side_effect=full))
+        Metrics(run)
 
 
 def test_bf16_with_an_fp32_stream_trains_alike_on_every_layout(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from tiny_runs import tiny_config, tiny_prepared, tiny_run
+from tiny_runs import VOCAB, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.errors import CheckpointError, ConfigError, Echo
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
-from megapoly.train.prepare import Prepared, _check_writable, with_start
+from megapoly.train.prepare import Prepared, _check_writable, prepare, with_start
 from megapoly.train.setup import check_agreement, only_writer, written_folders
 
 
@@ -95,3 +95,20 @@ def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
     run_ranks(train_it, tiny_config(tmp_path, "gpt2", 2, exit_interval=1))
     with pytest.raises(CheckpointError, match="holds the state of optimizer adam, not of muon"):
         starting_point(tiny_config(tmp_path, "gpt2", 2, optimizer="muon"))
+
+
+def test_what_load_names_must_be_there_though_the_run_has_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megapoly.train.prepare.resolve_vocab_size", lambda _: (VOCAB, None))
+    run_ranks(train_it, tiny_config(tmp_path, "gpt2", 4))
+    with pytest.raises(ConfigError, match="load /nonexistent: there is no such directory"):
+        prepare(tiny_config(tmp_path, "gpt2", 4, load="/nonexistent"), 1, False)
+    assert prepare(tiny_config(tmp_path, "gpt2", 4, load=str(tmp_path / "run")), 1, False).is_resume
+
+
+def test_another_sequence_length_is_no_change_of_sources_that_are_not_packed(tmp_path: Path) -> None:
+    run_ranks(train_it, tiny_config(tmp_path, "gpt2", 4))
+    with pytest.raises(CheckpointError, match="block_length was 16 and is 8") as refused:
+        starting_point(tiny_config(tmp_path, "gpt2", 4, seq_length=8))
+    assert "packed" not in str(refused.value)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import tiny_config, tiny_prepared, tiny_run
+from tiny_runs import VOCAB, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.errors import ConfigError
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.main import parse
-from megapoly.train.prepare import Prepared, with_start
+from megapoly.train.prepare import Prepared, prepare, with_start
 from megapoly.train.replay import Probe, compared, prepared_before, run_again
 from megapoly.train.setup import build_run
 from megapoly.train.step import train_step
@@ -112,6 +112,35 @@ def test_what_differs_is_named_with_both_values() -> None:
         "loss_by_source of ko was 5.0 and is None"
     )
     assert "no row of this step" in compared(again, None)
+
+
+def test_another_layout_than_that_of_the_row_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", STEPS, **SMALL)
+    run_ranks(train_it, cfg)
+    rows = tmp_path / "run/metrics.jsonl"
+    rows.write_text(rows.read_text().replace('"grad_norm": ', '"grad_norm": 1'))
+    said = (
+        "(it was made on TP 1 x CP 1 x PP 1 x DP 1, this is TP 1 x CP 1 x PP 1 x DP 2: sums are taken in another order)"
+    )
+    for ranks in (1, 2):
+        run_ranks(start_it, cfg, 5, dp=ranks)
+        out = capfd.readouterr().out
+        assert "differs from its row: " in out and (said in out) == (ranks == 2), out
+
+
+def test_no_run_has_no_step_to_replay(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", STEPS, **SMALL | {"run_dir": str(tmp_path / "typo")})
+    with pytest.raises(ConfigError, match="typo: no run to replay a step of"):
+        prepared_before(with_start(tiny_prepared(cfg), {}), 3)
+
+
+def test_a_replay_does_not_ask_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", STEPS, **SMALL)
+    monkeypatch.setattr("megapoly.train.prepare.os.access", lambda *_: False)
+    monkeypatch.setattr("megapoly.train.prepare.resolve_vocab_size", lambda _: (VOCAB, None))
+    assert prepare(cfg, 1, False, writes=False).num_steps == STEPS
+    with pytest.raises(ConfigError, match="cannot be written"):
+        prepare(cfg, 1, False)
 
 
 def probed(mesh: Mesh, cfg: Config, name: str) -> list[Any]:

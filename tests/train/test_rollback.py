@@ -316,11 +316,19 @@ def test_rollbacks_have_an_end(tmp_path: Path) -> None:
 def test_without_a_checkpoint_before_it_or_a_step_after_it_the_run_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name, spike, options in (("early", 6, {"save_interval": 0}), ("last", STEPS, {})):
+    early, last = "no checkpoint before it (--save-interval says how often", "no step after it"
+    for name, spike, options, why in (("early", 6, {"save_interval": 0}, early), ("last", STEPS, {}, last)):
         result = run_ranks(go, config(tmp_path, name, **options), (spike,))[0]
         assert result["left_out"] == []
-        assert f"step {spike}: no checkpoint before it, or no step after it" in capfd.readouterr().out
+        out = capfd.readouterr().out
+        assert f"step {spike}: {why}" in out and (early in out) != (last in out)
         assert not (tmp_path / name / "checkpoints" / NAME).exists()
+
+
+def test_a_rollback_that_leaves_out_all_the_rest_warns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, batches, count in (("few", 2, 0), ("all", 10**9, 1)):
+        run_ranks(go, config(tmp_path, name, rollback_batches=batches), (9,))
+        assert capfd.readouterr().out.count(f"rollback_batches ({batches}) spares the last step only") == count
 
 
 def test_a_run_begun_anew_forgets_rollbacks(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Asked to stop, all ranks end after the same step with a checkpoint; where none makes progress, all stacks are told."""
 
+import fcntl
 import json
 import os
 import random
@@ -129,7 +130,7 @@ def ends(processes: list[subprocess.Popen[bytes]]) -> list[int]:
             process.wait()
 
 
-@pytest.mark.parametrize(("size", "sent"), [(1, "SIGTERM"), (2, "SIGUSR1"), (2, "SIGTERM")])
+@pytest.mark.parametrize(("size", "sent"), [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGUSR1"), (2, "SIGINT")])
 def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     size: int, sent: str, data: Path, tmp_path: Path
 ) -> None:
@@ -145,10 +146,59 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     assert rows == list(range(1, 31))
 
 
+def said(folder: Path, text: str, count: int = 1) -> None:
+    """Wait until the ranks have said so."""
+    deadline = time.monotonic() + 150
+    while (folder / "log").read_text().count(text) < count:
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_second_interrupt_ends_all_at_once(size: int, data: Path, tmp_path: Path) -> None:
+    processes = start_ranks(size, tmp_path, data, "hang", "--pipeline-model-parallel-size", str(size))
+    said(tmp_path, "step   1/")
+    for _ in range(2):
+        time.sleep(1)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    assert set(ends(processes)) <= {-signal.SIGINT, 128 + signal.SIGINT} and time.monotonic() - begin < 5
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_frozen_rank_that_holds_the_store_ends_the_others_in_time(data: Path, tmp_path: Path) -> None:
+    """No operation on its store ends, so that the watch itself stands still."""
+    processes = start_ranks(2, tmp_path, data, "hang", "--pipeline-model-parallel-size", "2")
+    said(tmp_path, "step   1/")
+    processes[0].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    try:
+        assert processes[1].wait(timeout=40) == 1 and time.monotonic() - begin < 30
+    finally:
+        processes[0].send_signal(signal.SIGKILL)
+        ends(processes)
+    name = rf"rank 0 \(\S+, process {processes[0].pid}\)"
+    line = rf"^rank 1 \(.*\): .*: {name}, which holds the store of the job, gives no sign of life, for \d+ s now$"
+    assert re.search(line, (tmp_path / "log").read_text(), re.M), (tmp_path / "log").read_text()
+
+
+def test_a_mistake_of_the_rank_that_holds_the_store_ends_all_alike_and_soon(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        processes = start_ranks(2, tmp_path, data, "go", "--pipeline-model-parallel-size", "2")
+        said(tmp_path, "error: ")
+        begin = time.monotonic()
+        assert ends(processes) == [2, 2] and time.monotonic() - begin < 10
+    log = (tmp_path / "log").read_text()
+    assert log.count("another job is writing to this run") == 1 and "frame #" not in log and "rank 1 (" not in log
+
+
 @pytest.mark.parametrize(
-    ("how", "said"), [("hang", "is in no collective, and others wait for it"), ("stop", "no sign of life")]
+    ("how", "told"), [("hang", "is in no collective, and others wait for it"), ("stop", "no sign of life")]
 )
-def test_a_hang_ends_all_with_the_stacks_of_all(how: str, said: str, data: Path, tmp_path: Path) -> None:
+def test_a_hang_ends_all_with_the_stacks_of_all(how: str, told: str, data: Path, tmp_path: Path) -> None:
     processes = start_ranks(2, tmp_path, data, how, "--pipeline-model-parallel-size", "2", "--train-iters", "30")
     assert processes[0].wait(timeout=150) == 1
     if how == "stop":
@@ -157,7 +207,7 @@ def test_a_hang_ends_all_with_the_stacks_of_all(how: str, said: str, data: Path,
     (path,) = (tmp_path / "run").glob("hang-*.txt")
     text, log = path.read_text(), (tmp_path / "log").read_text()
     first, *lines = text.splitlines()
-    assert re.match(rf"hang: rank 1 \(\S+, process {processes[1].pid}\) .*{said}", first), text
+    assert re.match(rf"hang: rank 1 \(\S+, process {processes[1].pid}\) .*{told}", first), text
     assert re.match(r"  rank 0 \(.*\): train step 3 for \d+ s: train step 3, .* over pp \(", lines[0]), text
     if how == "hang":
         assert re.match(r"  rank 1 \(.*\): train step 3 for \d+ s: ", lines[1]) and "time.sleep(3600)" in text
