@@ -6,6 +6,7 @@ A CKPT is a run, its checkpoints/ or a step folder.
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from megapoly.arguments import ArgumentParser
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint
@@ -35,13 +36,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Verify one checkpoint or all of a run; returns the exit status."""
-    folders = [find_checkpoint(arguments.path)]
-    if arguments.all:
-        folders = [find_checkpoint(entry["folder"]) for entry in listing(arguments.path)]
+    """Verify one checkpoint or all of a run, `latest` included; returns the exit status."""
+    found = listing(arguments.path) if arguments.all else [{"folder": find_checkpoint(arguments.path), "problem": None}]
     status = 0
-    for folder in folders:
-        problems = verify(folder)
+    for entry in found:
+        folder = Path(entry["folder"])
+        problems = verify(folder) if entry["problem"] is None else [entry["problem"]]
         status = EXIT_STATUS if problems else status
         if arguments.json:
             print(json.dumps({"folder": str(folder), "problems": problems}))

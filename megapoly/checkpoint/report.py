@@ -8,25 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint.folders import find_folders, read_latest, step_folders, step_of
+from megapoly.checkpoint.folders import LATEST, find_folders, read_latest, step_folders, step_of
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.shard import ShardReader, reading
 from megapoly.checkpoint.state import Piece
 from megapoly.checkpoint.storage import Chunk, TensorRecord, check_beginning
-from megapoly.errors import CheckpointError, DamageError
+from megapoly.errors import CheckpointError
 
 _QUIET = ("config",)  # of state.json: too long for a line
 
 
 def listing(path: str | Path) -> list[dict[str, Any]]:
-    """One entry a finished checkpoint of a run or its checkpoints/, the newest first: step, samples, bytes, problem."""
+    """One entry a finished checkpoint of a run or its checkpoints/, the newest first: step, samples, bytes, problem.
+
+    Before them one of `latest` where that cannot be read, or of the folder that it names where there is none.
+    """
     roots = [root for root in (Path(path), Path(path) / "checkpoints") if step_folders(root)]
     if not roots:
         find = find_folders(path)
         if not find:
             raise CheckpointError(f"{path}: no checkpoint here; give a run, its checkpoints/ or a step folder")
         return [_entry(find[0], None)]
-    return [_entry(folder, read_latest(roots[0])) for folder in step_folders(roots[0])]
+    folders, entries, latest = step_folders(roots[0]), [], None
+    try:
+        latest = read_latest(roots[0])
+    except CheckpointError as error:
+        pointer = str(roots[0] / LATEST)
+        entries = [{"folder": pointer, "step": None, "is_latest": False, "problem": str(error)}]
+    if latest is not None and latest not in folders:
+        folders.insert(0, latest)
+    return entries + [_entry(folder, latest) for folder in folders]
 
 
 def _entry(folder: Path, latest: Path | None) -> dict[str, Any]:
@@ -57,19 +68,19 @@ def verify(folder: Path) -> list[str]:
         reader = CheckpointReader.at(folder)
     except CheckpointError as error:
         return [str(error)]
-    problems = []
+    problems: dict[str, None] = {}  # in order, each once: of a file that cannot be read all its tensors say the same
     for name, record in reader.contents.files.items():
         try:
             check_beginning(folder, name, record)
-        except DamageError as error:
-            problems.append(str(error))
+        except CheckpointError as error:
+            problems[str(error)] = None
     with reading(folder) as shards:
         for name, tensor, chunk in _in_file_order(reader.records):
             try:
                 shards.read(name, tensor, chunk)
-            except DamageError as error:
-                problems.append(str(error))
-    return problems
+            except CheckpointError as error:
+                problems[str(error)] = None
+    return list(problems)
 
 
 def _in_file_order(records: Mapping[str, TensorRecord]) -> list[tuple[str, TensorRecord, Chunk]]:
