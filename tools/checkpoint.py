@@ -37,11 +37,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Verify one checkpoint or all of a run, `latest` included; returns the exit status."""
-    found = listing(arguments.path) if arguments.all else [{"folder": find_checkpoint(arguments.path), "problem": None}]
+    if arguments.all:
+        found = [(Path(entry["folder"]), entry["problem"]) for entry in listing(arguments.path)]
+    else:
+        found = [(find_checkpoint(arguments.path), None)]
     status = 0
-    for entry in found:
-        folder = Path(entry["folder"])
-        problems = verify(folder) if entry["problem"] is None else [entry["problem"]]
+    for folder, problem in found:
+        problems = verify(folder) if problem is None else [problem]
         status = EXIT_STATUS if problems else status
         if arguments.json:
             print(json.dumps({"folder": str(folder), "problems": problems}))

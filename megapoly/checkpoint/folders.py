@@ -97,7 +97,7 @@ def _is_older(folder: Path, than: Path) -> bool:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `last` (None: all), those of every `every`th step, and `always`."""
+    """Which checkpoints stay: of all the newest `last` (None: all), those of every `every`th step, and `always`."""
 
     last: int | None = None
     every: int | None = None

@@ -84,6 +84,8 @@ class CheckpointReader:
                 raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not {_KINDS[kind]}")
         if state["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: entry 'dtype' is {state['dtype'][:40]}, not {' or '.join(DTYPES)}")
+        if (decay := state.get("lr_decay_iters")) is not None and (type(decay) is not int or not 0 <= decay < 2**62):
+            raise CheckpointError(f"{path}: entry 'lr_decay_iters' is {str(decay)[:40]}, not {_KINDS[int]}")
         if step_of(self.folder) not in (None, state["step"]):  # a copy or a link under another's name
             raise DamageError(f"{path}: entry 'step' is {state['step']}, the folder is {self.folder.name}")
         return dict(state)
@@ -179,11 +181,21 @@ class CheckpointReader:
         kinds = {"skipped_steps": int, "skipped_in_a_row": int, "losses": list, "norms": list}
         state = self.state.get("watch", {name: kind() for name, kind in kinds.items()})
         found = {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
-        if found != kinds or not all(
-            type(value) is float and math.isfinite(value) for value in (*state["losses"], *state["norms"])
+        if (
+            found != kinds
+            or not all(type(value) is float and math.isfinite(value) for value in (*state["losses"], *state["norms"]))
+            or not 0 <= state["skipped_in_a_row"] <= state["skipped_steps"] <= self.step
         ):
             raise CheckpointError(f"{self.folder / 'state.json'}: entry 'watch' is no state that can be")
         return dict(state)
+
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """Hashes of the files that it was trained on and of its tokenizer, by name."""
+        hashes = self.state.get("data")
+        if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'data' is no table of hashes")
+        return dict(hashes)
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -112,9 +112,7 @@ def differences(one: CheckpointReader, other: CheckpointReader) -> Iterator[str]
     for key in sorted(one.state.keys() | other.state.keys()):
         if key not in _QUIET:
             yield from _different(key, one.state.get(key), other.state.get(key))
-    configs = [_leaves(reader.state["config"]) for reader in (one, other)]
-    for key in sorted(configs[0].keys() | configs[1].keys()):
-        yield from _different(key, configs[0].get(key), configs[1].get(key))
+    yield from _different("config", one.state["config"], other.state["config"])
     for name in sorted(one.records.keys() | other.records.keys()):
         kinds = [r and (r.shape, str(r.dtype)) for r in (one.records.get(name), other.records.get(name))]
         if kinds[0] != kinds[1]:
@@ -145,14 +143,20 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _different(name: str, one: object, other: object) -> Iterator[str]:
-    if one != other:
-        yield f"{name}: {_short(one)} there, {_short(other)} in the second"
+    if one == other:
+        return
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from _different(f"{name}.{key}", one.get(key), other.get(key))
+    elif isinstance(one, list) and isinstance(other, list):
+        places = [i for i in range(max(len(one), len(other))) if one[i : i + 1] != other[i : i + 1]]
+        yield from _different(f"{name}[{places[0]}]", *(dict(enumerate(v)).get(places[0]) for v in (one, other)))
+        if len(places) > 1:
+            yield f"{name}: {len(places) - 1:,} more of {max(len(one), len(other)):,} entries"
+    else:
+        yield f"{name}: {_short(one)} in the first, {_short(other)} in the second"
 
 
 def _short(value: object) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"config.{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

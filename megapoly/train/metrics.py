@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megapoly.data.sources import language_of
+from megapoly.errors import ConfigError
 from megapoly.log import Console
 from megapoly.model.count import flops_per_token
 from megapoly.train.setup import Run
@@ -83,10 +84,16 @@ class Metrics:
         self._board = None
         if run.mesh.is_main:
             run_dir = Path(run.cfg.logging.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(run.cfg.to_yaml(), encoding="utf-8")
-            drop_rows_after(run_dir / "metrics.jsonl", run.prepared.start_step)
-            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            rows = run_dir / "metrics.jsonl"
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / "config.yaml").write_text(run.cfg.to_yaml(), encoding="utf-8")
+                damaged = drop_rows_after(rows, run.prepared.start_step)
+                self._file = rows.open("a", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from None
+            if damaged:
+                run.console.say(f"warning: {rows}: {damaged:,} damaged lines were dropped")
             if run.cfg.logging.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
@@ -212,18 +219,23 @@ class Metrics:
             self._board.close()
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones."""
+def drop_rows_after(path: Path, step: int) -> int:
+    """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones.
+
+    Returns how many lines were none, but for the last, which may have been cut off by a kill.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, damaged = [], 0
     lines = path.read_bytes().split(b"\n")
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # the line that was being written when the run was killed, or none of ours
-        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] <= step:
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            damaged += number < len(lines) and bool(line)
+        elif row["step"] <= step:
             kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -231,6 +243,7 @@ def drop_rows_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    return damaged
 
 
 def progress_line(run: Run, row: dict[str, Any], left: str) -> str:

@@ -232,6 +232,7 @@ def one_tensor(shape: list[int], *chunks: tuple[list[int], list[int]], dtype: st
         ("metadata.json", {"format": "megapoly-checkpoint-9"}, "is of format 'megapoly-checkpoint-9', this version"),
         ("state.json", {"dtype": []}, "'dtype' is \\[\\], not a text"),
         ("state.json", {"dtype": {}}, "'dtype'"),
+        ("state.json", {"lr_decay_iters": [[[]]]}, "'lr_decay_iters' is"),
         ("state.json", {"dtype": "int"}, "'dtype'"),
     ],
 )

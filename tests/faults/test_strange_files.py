@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostile import refuses
 from tiny_runs import reseal, run_to_end, tiny_config, tiny_prepared
 
-from megapoly.checkpoint import small_files
 from megapoly.checkpoint.folders import LATEST, find_folders, read_latest
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.report import listed, listing, verify
@@ -176,21 +176,65 @@ def test_a_run_is_listed_whatever_a_layout_is(layout: object, root: Path) -> Non
     assert [listed(entry).count("DAMAGED") for entry in listing(root)] == [0, 0, 0]
 
 
+# ------------------------------------------------------------------------------------- forged entries, a run's records
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("data", None), ("data", 3), ("data", {"tokenizer": 3}), ("lr_decay_iters", [[[]]]), ("lr_decay_iters", -1),
+     ("skipped_steps", -1), ("skipped_steps", 10**18), ("skipped_in_a_row", 1)],
+)  # fmt: skip
+def test_forged_entries_of_a_state_are_refused(name: str, value: object, root: Path) -> None:
+    folder = root / "step_00000003"
+    state = json.loads((folder / "state.json").read_text())
+    holder = state["watch"] if name.startswith("skipped") else state
+    holder[name] = value
+    (folder / "state.json").write_text(json.dumps(state))
+    reseal(folder)
+
+    def resume() -> None:
+        start_of(root)
+        _ = CheckpointReader.at(folder).watch
+
+    assert refuses(resume).startswith(f"{folder / 'state.json'}: entry '{name if holder is state else 'watch'}' is")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_record_of_a_run_that_is_a_folder_gives_one_line(name: str, root: Path) -> None:
+    shutil.rmtree(root / "step_00000003")
+    (root / LATEST).unlink()
+    (root.parent / name).unlink()
+    (root.parent / name).mkdir()
+    cfg = tiny_config(root.parents[1], "gpt2", 3, num_layers=1)
+    message = refuses(lambda: run_to_end(single_process_mesh(), cfg))
+    assert message == f"{root.parent / name}: cannot be written: Is a directory"
+
+
+def test_damaged_rows_are_told_of(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = root.parent / "metrics.jsonl"
+    rows.write_bytes(rows.read_bytes().replace(b'"step": 2', b'"step: 2'))
+    shutil.rmtree(root / "step_00000003")
+    (root / LATEST).unlink()
+    run_to_end(single_process_mesh(), tiny_config(root.parents[1], "gpt2", 3, num_layers=1))
+    assert f"warning: {rows}: 1 damaged lines were dropped" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------ permissions
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "state.json", "shard_00000.safetensors"])
 def test_what_this_user_may_not_read_is_no_damage(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another user meets it; root, as whom tests may run, may read everything."""
-    path, real = root / "step_00000003" / name, os.open
+    path = root / "step_00000003" / name
 
-    def refusing(target: object, *args: object, **kwargs: object) -> int:
+    def refusing(real: Callable[..., Any], target: object, *args: Any, **kwargs: Any) -> Any:
         if Path(str(target)) == path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return real(target, *args, **kwargs)  # type: ignore[arg-type]
+        return real(target, *args, **kwargs)
 
-    monkeypatch.setattr(small_files.os, "open", refusing)
-    monkeypatch.setattr(Path, "open", lambda p, *_, **__: open(p, "rb", opener=refusing))
+    real_open, real_path_open = os.open, Path.open
+    monkeypatch.setattr(os, "open", lambda *args, **kwargs: refusing(real_open, *args, **kwargs))
+    monkeypatch.setattr(Path, "open", lambda *args, **kwargs: refusing(real_path_open, *args, **kwargs))
     problems = verify(path.parent)
     assert len(problems) == 1 and "Permission denied; let this user read it" in problems[0]
     if name != "shard_00000.safetensors":
