@@ -29,7 +29,7 @@ from megapoly.errors import CheckpointError, DamageError
 FORMAT = "megapoly-checkpoint-2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-MOST_JSON = 64 << 20  # bytes of metadata.json or state.json: parsed, they take some ten times as much memory
+MOST_JSON = 128 << 20  # bytes of metadata.json or state.json: parsed, they may take twenty times as much memory
 MOST_CHUNKS = 1 << 15  # of a tensor: a rank writes up to three of a matrix, and comparing all takes the square
 _COMPARED = 256
 _BLOCK = 1 << 20
