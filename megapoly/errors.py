@@ -2,6 +2,7 @@
 
 import functools
 import os
+import select
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 EXIT_STATUS = 2
 FAILURE_STATUS = 1
 RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: saved when asked to stop; the same command goes on
+UNREAD_STATUS = 128 + signal.SIGPIPE  # nobody reads what is printed, as a shell says it
 SPEAKER_SECONDS = 20.0
 
 
@@ -67,19 +69,41 @@ def _let_the_speaker_finish(status: int) -> None:
     time.sleep(SPEAKER_SECONDS)
 
 
+def _flush() -> None:
+    """Print what is left to print; where its reader has gone (`| head`), end silently, as other commands do."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(UNREAD_STATUS)
+
+
+def _is_read() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
     """Wrap an entry point: a MegapolyError ends in one line on stderr and its status, 2 mostly, without a traceback.
 
     `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says,
-    and an Echo nobody.
+    and an Echo nobody. Where nobody reads stdout any more (`| head`) it ends in silence.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             main(*args, **kwargs)
+            _flush()
+        except SystemExit:
+            _flush()
+            raise
+        except BrokenPipeError:
+            if _is_read():  # it is another pipe that broke
+                raise
+            os._exit(UNREAD_STATUS)
         except MegapolyError as error:
-            sys.stdout.flush()
+            _flush()
             if speaks() and not isinstance(error, Echo):
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
             else:

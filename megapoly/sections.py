@@ -337,9 +337,7 @@ class CheckpointConfig:
     )
     save_copy: str | None = option(None, "a second directory that every checkpoint is written to as well")
     most_recent_k: int | None = option(None, "keep so many of the newest checkpoints (default: all)")
-    save_retain_interval: int | None = option(
-        None, "keep checkpoints of steps divisible by this for ever (of others then the newest, or most_recent_k)"
-    )
+    save_retain_interval: int | None = option(None, "keep those of every so many steps for ever, and the newest of all")
     save_steps: list[int] = option([], "further steps to save at; their checkpoints are kept for ever")
     max_failed_saves: int = option(3, "saves that may fail in a row until the run ends")
     max_save_minutes: float = option(30.0, "end the run, for a restart, where it waits for a save so long; 0: never")

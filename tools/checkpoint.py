@@ -6,6 +6,7 @@ A CKPT is a run, its checkpoints/ or a step folder.
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from megapoly.arguments import ArgumentParser
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint
@@ -35,13 +36,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Verify one checkpoint or all of a run; returns the exit status."""
-    folders = [find_checkpoint(arguments.path)]
+    """Verify one checkpoint or all of a run, `latest` included; returns the exit status."""
     if arguments.all:
-        folders = [find_checkpoint(entry["folder"]) for entry in listing(arguments.path)]
+        found = [(Path(entry["folder"]), entry["problem"]) for entry in listing(arguments.path)]
+    else:
+        found = [(find_checkpoint(arguments.path), None)]
     status = 0
-    for folder in folders:
-        problems = verify(folder)
+    for folder, problem in found:
+        problems = verify(folder) if problem is None else [problem]
         status = EXIT_STATUS if problems else status
         if arguments.json:
             print(json.dumps({"folder": str(folder), "problems": problems}))

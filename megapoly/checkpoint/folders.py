@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapoly.checkpoint.small_files import read_small
 from megapoly.data.indexed import sync_directory
 from megapoly.errors import CheckpointError
 from megapoly.sections import CheckpointConfig
@@ -19,6 +20,8 @@ SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
 _STEP = re.compile(r"step_[0-9]{8,18}")
 _LEFTOVER = re.compile(r"\.(step_[0-9]{8,18})\.[0-9a-f]+\.(tmp|old|latest)")
 LATEST = "latest"
+_ADVICE = "write the name of a step folder into it, or remove it to go on from the newest"
+_MOST_BYTES = 64  # of `latest`
 
 
 def roots_of(cfg: CheckpointConfig) -> list[Path]:
@@ -40,13 +43,13 @@ def read_latest(root: Path) -> Path | None:
     """The folder that `latest` names, or was about to when a kill came, whether it is there or not; None without."""
     pointer = root / LATEST
     try:
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        name = read_small(pointer, _MOST_BYTES).decode(errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CheckpointError(f"{pointer}: cannot be read: {error.strerror}") from None
-    if not _STEP.fullmatch(name):
-        raise CheckpointError(f"{pointer}: {name[:40]!r} is no step folder's name (step_ and 8 digits)")
+        raise CheckpointError(f"{pointer}: cannot be read: {error.strerror}; {_ADVICE}") from None
+    if not _STEP.fullmatch(name):  # none of our writes leaves this: what is meant, its writer has to say
+        raise CheckpointError(f"{pointer}: {name[:40]!r} is no step folder's name (step_ and 8 digits); {_ADVICE}")
     pending = [next_ for next_ in _pending(root) if _is_older(root / name, root / _step_in(next_))]
     return root / (_step_in(max(pending, key=_step_in)) if pending else name)
 
@@ -84,7 +87,8 @@ def find_folders(path: str | Path) -> list[Path]:
             return [named, *(folder for folder in present if folder.name != named.name and _is_older(folder, named))]
         if present:
             return present
-    return [path] if (path / "metadata.json").is_file() else []
+    is_named_so = step_of(path) is not None and path.is_dir()
+    return [path] if is_named_so or (path / "metadata.json").is_file() else []
 
 
 def _is_older(folder: Path, than: Path) -> bool:
@@ -93,7 +97,7 @@ def _is_older(folder: Path, than: Path) -> bool:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `last` (None: all), those of every `every`th step, and `always`."""
+    """Which checkpoints stay: of all the newest `last` (None: all), those of every `every`th step, and `always`."""
 
     last: int | None = None
     every: int | None = None

@@ -19,7 +19,6 @@ from megapoly.checkpoint.storage import (
     Contents,
     TensorRecord,
     check_beginning,
-    read_checked,
     read_contents,
     read_json,
 )
@@ -33,6 +32,10 @@ from megapoly.run_checks import check_ramp
 from megapoly.sections import Config, ModelConfig
 
 _PROBLEM_BYTES = 512  # of what ranks tell each other about damage
+_ENTRIES = {"plan_fingerprint": str, "dtype": str, "config": dict} | dict.fromkeys(
+    ("step", "samples", "global_batch_size", "vocab_size"), int
+)
+_KINDS = {str: "a text", dict: "an object with entries", int: "a whole number from 0 to 2^62"}
 # What makes a model another one, after defaults are filled in.
 _DECISIVE = (
     "num_layers hidden_size ffn_size num_attention_heads num_kv_heads head_dim position_embedding_type rotary_dim "
@@ -73,17 +76,18 @@ class CheckpointReader:
         """state.json, checked for the entries that everyone needs."""
         path = self.folder / "state.json"
         state = read_json(self.folder, path.name, self.contents)
-        kinds = {"plan_fingerprint": str, "config": dict} | dict.fromkeys(
-            ("step", "samples", "global_batch_size", "vocab_size"), int
-        )
-        for key, kind in kinds.items():
-            value = state.get(key) if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: is {str(state)[:40]}, not an object with entries")
+        for key, kind in _ENTRIES.items():
+            value = state.get(key)
             if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**62):
-                raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not a {kind.__name__} that can be")
-        if state.get("dtype") not in DTYPES:
-            raise CheckpointError(f"{path}: entry 'dtype' is {str(state.get('dtype'))[:40]}, not {' or '.join(DTYPES)}")
-        if step_of(self.folder) not in (None, state["step"]):
-            raise CheckpointError(f"{path}: entry 'step' is {state['step']}, the folder is {self.folder.name}")
+                raise CheckpointError(f"{path}: entry '{key}' is {str(value)[:40]}, not {_KINDS[kind]}")
+        if state["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: entry 'dtype' is {state['dtype'][:40]}, not {' or '.join(DTYPES)}")
+        if (decay := state.get("lr_decay_iters")) is not None and (type(decay) is not int or not 0 <= decay < 2**62):
+            raise CheckpointError(f"{path}: entry 'lr_decay_iters' is {str(decay)[:40]}, not {_KINDS[int]}")
+        if step_of(self.folder) not in (None, state["step"]):  # a copy or a link under another's name
+            raise DamageError(f"{path}: entry 'step' is {state['step']}, the folder is {self.folder.name}")
         return dict(state)
 
     @cached_property
@@ -177,18 +181,28 @@ class CheckpointReader:
         kinds = {"skipped_steps": int, "skipped_in_a_row": int, "losses": list, "norms": list}
         state = self.state.get("watch", {name: kind() for name, kind in kinds.items()})
         found = {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
-        if found != kinds or not all(
-            type(value) is float and math.isfinite(value) for value in (*state["losses"], *state["norms"])
+        if (
+            found != kinds
+            or not all(type(value) is float and math.isfinite(value) for value in (*state["losses"], *state["norms"]))
+            or not 0 <= state["skipped_in_a_row"] <= state["skipped_steps"] <= self.step
         ):
             raise CheckpointError(f"{self.folder / 'state.json'}: entry 'watch' is no state that can be")
         return dict(state)
+
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """Hashes of the files that it was trained on and of its tokenizer, by name."""
+        hashes = self.state.get("data")
+        if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+            raise CheckpointError(f"{self.folder / 'state.json'}: entry 'data' is no table of hashes")
+        return dict(hashes)
 
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer that was saved with it: a file (SentencePiece), or the folder that has its tokenizer.json."""
         for name in self.contents.files:
             if name.startswith(("tokenizer", "special_tokens")):
-                read_checked(self.folder, name, self.contents)
+                check_beginning(self.folder, name, self.contents.files[name])
         if "tokenizer.model" in self.contents.files:
             return self.folder / "tokenizer.model"
         return self.folder if "tokenizer.json" in self.contents.files else None

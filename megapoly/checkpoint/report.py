@@ -8,25 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint.folders import find_folders, read_latest, step_folders, step_of
+from megapoly.checkpoint.folders import LATEST, find_folders, read_latest, step_folders, step_of
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.checkpoint.shard import ShardReader, reading
 from megapoly.checkpoint.state import Piece
 from megapoly.checkpoint.storage import Chunk, TensorRecord, check_beginning
-from megapoly.errors import CheckpointError, DamageError
+from megapoly.errors import CheckpointError
 
 _QUIET = ("config",)  # of state.json: too long for a line
 
 
 def listing(path: str | Path) -> list[dict[str, Any]]:
-    """One entry a finished checkpoint of a run or its checkpoints/, the newest first: step, samples, bytes, problem."""
+    """One entry a finished checkpoint of a run or its checkpoints/, the newest first: step, samples, bytes, problem.
+
+    Before them one of `latest` where that cannot be read, or of the folder that it names where there is none.
+    """
     roots = [root for root in (Path(path), Path(path) / "checkpoints") if step_folders(root)]
     if not roots:
         find = find_folders(path)
         if not find:
             raise CheckpointError(f"{path}: no checkpoint here; give a run, its checkpoints/ or a step folder")
         return [_entry(find[0], None)]
-    return [_entry(folder, read_latest(roots[0])) for folder in step_folders(roots[0])]
+    folders, entries, latest = step_folders(roots[0]), [], None
+    try:
+        latest = read_latest(roots[0])
+    except CheckpointError as error:
+        pointer = str(roots[0] / LATEST)
+        entries = [{"folder": pointer, "step": None, "is_latest": False, "problem": str(error)}]
+    if latest is not None and latest not in folders:
+        folders.insert(0, latest)
+    return entries + [_entry(folder, latest) for folder in folders]
 
 
 def _entry(folder: Path, latest: Path | None) -> dict[str, Any]:
@@ -57,19 +68,19 @@ def verify(folder: Path) -> list[str]:
         reader = CheckpointReader.at(folder)
     except CheckpointError as error:
         return [str(error)]
-    problems = []
+    problems: dict[str, None] = {}  # in order, each once: of a file that cannot be read all its tensors say the same
     for name, record in reader.contents.files.items():
         try:
             check_beginning(folder, name, record)
-        except DamageError as error:
-            problems.append(str(error))
+        except CheckpointError as error:
+            problems[str(error)] = None
     with reading(folder) as shards:
         for name, tensor, chunk in _in_file_order(reader.records):
             try:
                 shards.read(name, tensor, chunk)
-            except DamageError as error:
-                problems.append(str(error))
-    return problems
+            except CheckpointError as error:
+                problems[str(error)] = None
+    return list(problems)
 
 
 def _in_file_order(records: Mapping[str, TensorRecord]) -> list[tuple[str, TensorRecord, Chunk]]:
@@ -101,9 +112,7 @@ def differences(one: CheckpointReader, other: CheckpointReader) -> Iterator[str]
     for key in sorted(one.state.keys() | other.state.keys()):
         if key not in _QUIET:
             yield from _different(key, one.state.get(key), other.state.get(key))
-    configs = [_leaves(reader.state["config"]) for reader in (one, other)]
-    for key in sorted(configs[0].keys() | configs[1].keys()):
-        yield from _different(key, configs[0].get(key), configs[1].get(key))
+    yield from _different("config", one.state["config"], other.state["config"])
     for name in sorted(one.records.keys() | other.records.keys()):
         kinds = [r and (r.shape, str(r.dtype)) for r in (one.records.get(name), other.records.get(name))]
         if kinds[0] != kinds[1]:
@@ -134,14 +143,20 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _different(name: str, one: object, other: object) -> Iterator[str]:
-    if one != other:
-        yield f"{name}: {_short(one)} there, {_short(other)} in the second"
+    if one == other:
+        return
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from _different(f"{name}.{key}", one.get(key), other.get(key))
+    elif isinstance(one, list) and isinstance(other, list):
+        places = [i for i in range(max(len(one), len(other))) if one[i : i + 1] != other[i : i + 1]]
+        yield from _different(f"{name}[{places[0]}]", *(dict(enumerate(v)).get(places[0]) for v in (one, other)))
+        if len(places) > 1:
+            yield f"{name}: {len(places) - 1:,} more of {max(len(one), len(other)):,} entries"
+    else:
+        yield f"{name}: {_short(one)} in the first, {_short(other)} in the second"
 
 
 def _short(value: object) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"config.{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.folders import sync_directory
+from megapoly.checkpoint.small_files import read_small
 from megapoly.checkpoint.storage import write_durably
 from megapoly.errors import CheckpointError
 
 NAME = "rollbacks.json"
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def read_rollbacks(root: Path) -> list[Rollback]:
     """Those of a directory of checkpoints, the first one first; CheckpointError for a damaged record."""
     path = root / NAME
     try:
-        entries = json.loads(path.read_bytes())
+        entries = json.loads(read_small(path, _MOST_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 from megapoly.checkpoint.folders import Retention, prune, publish, roots_of, step_name, sweep
 from megapoly.checkpoint.shard import write_shard
 from megapoly.checkpoint.state import Piece, pieces, training_state
-from megapoly.checkpoint.storage import FORMAT, file_entry, sealed, tensor_record, write_durably
+from megapoly.checkpoint.storage import FORMAT, MOST_JSON, file_entry, sealed, tensor_record, write_durably
 from megapoly.errors import CheckpointError, Echo, StuckError
 from megapoly.optim.sharded import ShardedOptimizer
 from megapoly.parallel.collectives import all_gather, all_reduce_
@@ -111,6 +111,7 @@ class Saver:
         self.failures = failures  # in a row, those of the job's savers before this one included
         self.stall = 0.0  # seconds that the last save kept the step
         self._saves = 0
+        self._has_one = start is not None  # whether there is anything to start again from
         self._is_stuck = False  # what waits for the save under way has given it up
         self._jobs: list[Job] = []
         self._thread = threading.Thread()
@@ -194,7 +195,7 @@ class Saver:
         if is_too_long:
             raise StuckError(
                 f"rank {late}: {text} and does not end (max_save_minutes {self.cfg.max_save_minutes:g}): does the disk "
-                "answer? Earlier checkpoints are whole, the same command goes on from there"
+                f"answer? {self._left.capitalize()}; start the same command again"
             )
         self._warn(f"{text}, and the run waits for it")
 
@@ -204,6 +205,7 @@ class Saver:
             for job, is_good in zip(jobs, is_good_J.tolist(), strict=True):
                 if not is_good:
                     shutil.rmtree(job.temporary, ignore_errors=True)
+        self._has_one |= bool(is_good_J.any())
         self.failures = 0 if is_good_J.any() else self.failures + 1
         if self.failures < self.cfg.max_failed_saves:
             return
@@ -213,7 +215,7 @@ class Saver:
         failed = next(job for job in jobs if job.status == FAILED)
         raise CheckpointError(
             f"{self.failures} saves in a row failed, the last one with: {failed.folder}: {_reason(failed.error)}; "
-            "earlier checkpoints are whole: mend it and start the same command again, or raise --max-failed-saves"
+            f"{self._left}: mend it and start the same command again, or raise --max-failed-saves"
         )
 
     def finish(self, step: int, state: dict[str, Any]) -> None:
@@ -222,6 +224,10 @@ class Saver:
         while self.failures and self._saves:
             self.save(step, state)
             self.wait()
+
+    @property
+    def _left(self) -> str:
+        return "earlier checkpoints are whole" if self._has_one else "there is no earlier checkpoint"
 
     @property
     def is_writing(self) -> bool:
@@ -262,6 +268,7 @@ class Saver:
                 job.status = DONE
 
     def _write_shard(self, job: Job, mine: list[Piece]) -> None:
+        job.temporary.parent.mkdir(exist_ok=True)  # not its parents: a disk that is gone is not made anew elsewhere
         job.temporary.mkdir(exist_ok=True)
         name = f"shard_{self.mesh.world.rank:05d}"
         part: dict[str, Any] = {"files": {}, "chunks": []}
@@ -286,6 +293,9 @@ class Saver:
         for entry in tensors.values():
             tensor_record(entry)
         metadata = sealed({"format": FORMAT, "tensors": tensors, "files": files})
+        for name, content in (("metadata.json", metadata), ("state.json", job.state)):
+            if len(content) > MOST_JSON:
+                raise CheckpointError(f"{job.temporary / name}: {len(content):,} bytes are more than {MOST_JSON:,}")
         write_durably(job.temporary / "metadata.json", metadata)
         for path in parts:
             path.unlink()

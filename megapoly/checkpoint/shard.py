@@ -20,6 +20,7 @@ try:
 except ImportError:  # the same numbers, several times slower
     from zlib import crc32
 
+from megapoly.checkpoint.small_files import unreadable
 from megapoly.checkpoint.state import Piece
 from megapoly.checkpoint.storage import Chunk, TensorRecord
 from megapoly.errors import DamageError
@@ -97,7 +98,7 @@ class ShardReader:
         try:
             found = self._fill(path, chunk.begin, _bytes_of(target))
         except OSError as error:
-            raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+            raise unreadable(path, error) from None
         if found != chunk.crc:
             raise DamageError(f"{path}: the checksum of '{name}' at {chunk.offsets} does not fit; the shard is damaged")
         return target

@@ -23,13 +23,16 @@ import numpy as np
 import torch
 
 from megapoly.checkpoint.folders import SHARD
+from megapoly.checkpoint.small_files import read_small, unreadable
 from megapoly.errors import CheckpointError, DamageError
 
 FORMAT = "megapoly-checkpoint-2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MOST_JSON = 128 << 20  # bytes of metadata.json or state.json: parsed, they may take twenty times as much memory
 MOST_CHUNKS = 1 << 15  # of a tensor: a rank writes up to three of a matrix, and comparing all takes the square
 _COMPARED = 256
+_BLOCK = 1 << 20
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -42,14 +45,13 @@ def write_durably(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def read_whole(path: Path) -> bytes:
-    """The content of a small file of a checkpoint; DamageError where it cannot be read."""
+def _read_json_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path, MOST_JSON)
     except FileNotFoundError:
         raise DamageError(f"{path}: missing; the folder is not a finished checkpoint") from None
     except OSError as error:
-        raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 def _parsed(path: Path, content: bytes) -> Any:
@@ -111,12 +113,19 @@ def tensor_record(entry: Any) -> TensorRecord:
 
     Raises ValueError.
     """
-    shape = _sizes(entry["shape"])
+    shape, dtype = _sizes(entry["shape"]), entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"type {str(dtype)[:40]!r} is not {' or '.join(DTYPES)}")
     if len(entry["chunks"]) > MOST_CHUNKS:
         raise ValueError(f"{len(entry['chunks'])} chunks are more than {MOST_CHUNKS}")
     chunks = []
-    for offsets_entry, sizes_entry, file, begin, crc in entry["chunks"]:
+    for chunk in entry["chunks"]:
+        if not isinstance(chunk, list) or len(chunk) != 5:
+            raise ValueError(f"{str(chunk)[:40]} is no chunk: offsets, sizes, file, its first byte and CRC-32")
+        offsets_entry, sizes_entry, file, begin, crc = chunk
         offsets, sizes, (begin, crc) = _sizes(offsets_entry), _sizes(sizes_entry), _sizes([begin, crc])
+        if not len(offsets) == len(sizes) == len(shape):
+            raise ValueError(f"chunk at {offsets} of {sizes} has not the dimensions of {shape}")
         if not all(o + s <= whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"chunk at {offsets} of {sizes} lies outside of {shape}")
         if not isinstance(file, str) or not SHARD.fullmatch(file):
@@ -127,7 +136,7 @@ def tensor_record(entry: Any) -> TensorRecord:
         raise ValueError(f"chunks hold {covered} entries, the shape {shape} has {math.prod(shape)}")
     if _some_meet(chunks):  # as many entries as the shape, so an overlap means a hole
         raise ValueError("chunks overlap")
-    return TensorRecord(DTYPES[entry["dtype"]], shape, tuple(chunks))
+    return TensorRecord(DTYPES[dtype], shape, tuple(chunks))
 
 
 def _some_meet(chunks: list[Chunk]) -> bool:
@@ -160,11 +169,14 @@ def file_entry(path: Path) -> list[int]:
 def read_contents(folder: Path) -> Contents:
     """What a checkpoint's metadata lists, checked for sense and against its checksum and the sizes of the files."""
     path = folder / "metadata.json"
-    tree = _parsed(path, read_whole(path))
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT}")
-    if tree.pop("crc32", None) != _seal(tree):
+    tree = _parsed(path, _read_json_bytes(path))
+    if not isinstance(tree, dict) or tree.pop("crc32", None) != _seal(tree):  # so that a damaged format is damage
         raise DamageError(f"{path}: its checksum does not fit; the file is damaged")
+    if tree.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: is of format {str(tree.get('format'))[:40]!r}, this version of megapoly reads {FORMAT!r}; "
+            "read it with the version that wrote it"
+        )
     tensors, where = {}, ""
     try:
         files = {name: FileRecord(*_sizes(entry)) for name, entry in tree["files"].items()}
@@ -173,13 +185,17 @@ def read_contents(folder: Path) -> Contents:
             tensors[name] = tensor_record(entry)
         where = ""
         _check_claims(tensors, files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {where}entry {error} is missing") from None
+    except (TypeError, AttributeError):
+        raise CheckpointError(f"{path}: {where}an entry is not of the kind that it must be") from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: {where}cannot be: {error}") from None
     for name, record in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != record.size:
-            held = "is missing" if found is None else f"has {found} bytes"
-            raise DamageError(f"{folder / name}: {held}, metadata.json says {record.size}; the checkpoint is damaged")
+            held = "missing" if found is None else f"cut off or longer, with a size of {found:,} B"
+            raise DamageError(f"{folder / name}: {held}; metadata.json says {record.size:,} B")
     return Contents(tensors, files)
 
 
@@ -190,6 +206,8 @@ def _check_claims(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]
         for chunk in record.chunks:
             claimed[chunk.file] += record.num_bytes(chunk)
             end = chunk.begin + record.num_bytes(chunk)
+            if chunk.file not in files:
+                raise ValueError(f"{chunk.file} holds chunks and is not among the files")
             if not files[chunk.file].begin <= chunk.begin <= end <= files[chunk.file].size:
                 raise ValueError(f"bytes {chunk.begin} to {end} of {chunk.file} are no chunk's")
     for name, file in files.items():
@@ -201,7 +219,7 @@ def _check_claims(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]
 
 def read_checked(folder: Path, name: str, contents: Contents) -> bytes:
     """The content of a small file of a checkpoint, against its checksum."""
-    content, record = read_whole(folder / name), contents.files.get(name)
+    content, record = _read_json_bytes(folder / name), contents.files.get(name)
     if record is None:
         raise DamageError(f"{folder / name}: metadata.json does not list it; the checkpoint is damaged")
     if zlib.crc32(content) != record.crc:
@@ -211,12 +229,13 @@ def read_checked(folder: Path, name: str, contents: Contents) -> bytes:
 
 def check_beginning(folder: Path, name: str, record: FileRecord) -> None:
     """Refuse a file whose first `begin` bytes (a shard's header, all of a small file) are not what was written."""
-    path = folder / name
+    path, found = folder / name, 0
     try:
         with path.open("rb") as file:
-            found = zlib.crc32(file.read(record.begin))
+            for first in range(0, record.begin, _BLOCK):
+                found = zlib.crc32(file.read(min(_BLOCK, record.begin - first)), found)
     except OSError as error:
-        raise DamageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if found != record.crc:
         what = "its checksum" if record.begin == record.size else "the checksum of its header"
         raise DamageError(f"{path}: {what} does not fit; the file is damaged")

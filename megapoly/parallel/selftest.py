@@ -3,6 +3,7 @@
 Every rank runs every check and writes what it found into the launcher's store; the main rank prints a line for each.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -165,6 +166,7 @@ def selftest(mesh: Mesh, folder: Path, megabytes: int) -> bool:
     """Run all checks on all ranks, files of so many MB in `folder`; prints a line each; whether all went well."""
     store = launcher_store(mesh) if mesh.world.size > 1 else None
     is_good = True
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for name, check in CHECKS.items():
         try:
             mine = check(mesh, folder, megabytes)
@@ -180,4 +182,7 @@ def selftest(mesh: Mesh, folder: Path, megabytes: int) -> bool:
         is_good &= was_good
         if mesh.is_main:
             print(line, flush=True)
+    for path in missing:  # that the checks have made; all ranks are past those
+        with contextlib.suppress(OSError):  # a rank of this host was faster, or somebody uses it now
+            path.rmdir()
     return is_good

@@ -88,8 +88,10 @@ class Metrics:
         cfg, start = self.run.cfg, self.run.prepared.start_step
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
-        drop_rows_after(run_dir / "metrics.jsonl", start)
-        self._file = RowFile(run_dir / "metrics.jsonl")
+        rows = run_dir / "metrics.jsonl"
+        if damaged := drop_rows_after(rows, start):
+            self.run.console.say(f"warning: {rows}: {damaged:,} damaged lines were dropped")
+        self._file = RowFile(rows)
         if cfg.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 

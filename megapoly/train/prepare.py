@@ -203,7 +203,10 @@ def newest_sound(folders: Sequence[Path], skipped: Mapping[Path, str]) -> tuple[
                 return CheckpointReader.at(folder), found
             except DamageError as error:
                 found[folder] = str(error)
-    raise CheckpointError(f"{folders[0].parent}: no checkpoint is whole: {'; '.join(found.values())}")
+    raise CheckpointError(
+        f"{folders[0].parent}: no checkpoint is whole: {'; '.join(found.values())}; "
+        "bring one back from a copy, or begin anew in another --run-dir"
+    )
 
 
 def _starting_point(
@@ -242,9 +245,9 @@ def _check_start(reader: CheckpointReader, cfg: Config, plan: Plan, tokenizer: T
             f"go on with --optimizer {was}, or --load it with --finetune in another --run-dir"
         )
     _check_past(reader, cfg, plan)
-    theirs = reader.state.get("data")
+    theirs = reader.data_hashes
     for name, mine in hashes_of_data(cfg, tokenizer).items():
-        if isinstance(theirs, dict) and theirs.get(name, mine) != mine:
+        if theirs.get(name, mine) != mine:
             raise CheckpointError(
                 f"{reader.folder}: {name} is another file now than when this checkpoint was made; "
                 "take another --run-dir, or --load it with --finetune"

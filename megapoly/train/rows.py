@@ -24,17 +24,23 @@ def rows_of(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, row
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones."""
+def drop_rows_after(path: Path, step: int) -> int:
+    """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones.
+
+    Returns how many lines were none, but for the last, which may have been cut off by a kill.
+    """
     if not path.exists():
-        return
-    kept = [line for line, row in rows_of(path) if row["step"] <= step]
+        return 0
+    rows = list(rows_of(path))
+    *lines, last = path.read_bytes().split(b"\n")
+    damaged = sum(map(bool, lines)) - len(rows) + any(line == last for line, _ in rows[-1:])
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
+        file.write(b"".join(line + b"\n" for line, row in rows if row["step"] <= step))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    return damaged
 
 
 def finite(value: Any) -> Any:

@@ -71,7 +71,8 @@ def only_writer(run_dir: str, is_main: bool) -> Iterator[None]:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         lock = (Path(run_dir) / ".lock").open("w")
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir}: cannot be written ({error.strerror}); give another --run-dir") from None
+        advice = "give another --run-dir, --save or --save-copy"
+        raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); {advice}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

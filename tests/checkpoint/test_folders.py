@@ -68,6 +68,12 @@ def test_as_megatron_a_retain_interval_alone_keeps_the_last_and_its_multiples(tm
     assert present(tmp_path) == [3, 6, 7]
 
 
+def test_as_megatron_the_newest_are_counted_of_all(tmp_path: Path) -> None:
+    with_steps(tmp_path, range(1, 6))
+    prune(tmp_path, Retention(last=2, every=2), None, "abc")
+    assert present(tmp_path) == [2, 4, 5]
+
+
 def test_neither_latest_nor_what_a_run_began_with_goes(tmp_path: Path) -> None:
     with_steps(tmp_path, range(1, 7))
     assert len(prune(tmp_path, Retention(last=1), tmp_path / "step_00000002", "abc")) == 4

@@ -15,7 +15,7 @@ from tiny_runs import run_to_end, tiny_config, tiny_run, whole_state
 
 from megapoly.checkpoint.load import CheckpointReader, load_checkpoint, plan_reads
 from megapoly.checkpoint.state import pieces, training_state
-from megapoly.checkpoint.storage import TensorRecord, tensor_record
+from megapoly.checkpoint.storage import MOST_JSON, TensorRecord, tensor_record
 from megapoly.checks import check
 from megapoly.config import load_config
 from megapoly.errors import ConfigError
@@ -117,6 +117,7 @@ LARGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VOCAB = 256_000
 RANKS = 256
+CHUNK_BYTES = 100  # of a chunk in metadata.json, with its share of names and shapes
 
 
 def large(name: str) -> Config:
@@ -148,6 +149,8 @@ def test_13b_on_256_ranks_is_saved_once_and_loads_on_every_other_layout(name: st
     assert sum(written) == 3 * 4 * entries  # fp32 master weights and two moments
     busy = [size for size in written if size]
     assert max(busy) < 2 * sum(busy) / len(busy)  # ends of a pipeline hold the embedding as well
+    listed = sum(len(record.chunks) for record in records.values())
+    assert listed * CHUNK_BYTES < MOST_JSON / 20, "a real metadata.json is far below what is read of one"
     largest = max(math.prod(record.shape) for record in records.values()) * 4
     assert max(record.num_bytes(chunk) for record in records.values() for chunk in record.chunks) <= largest
     for other in LARGE:

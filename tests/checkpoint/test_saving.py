@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -228,6 +229,27 @@ def test_one_directory_that_is_full_does_not_fail_the_save(
     assert find_checkpoint(tmp_path / "copy").name == "step_00000002"
     assert not (tmp_path / "run/checkpoints/latest").exists()
     assert "warning: rank 0:" in capfd.readouterr().err
+
+
+def test_a_run_that_never_saved_is_not_told_of_earlier_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, lambda _: True)
+    with pytest.raises(CheckpointError, match="No space left on device; there is no earlier checkpoint: mend it"):
+        run_to_end(single_process_mesh(), tiny_config(tmp_path, "gpt2", 2, num_layers=1))
+
+
+def test_a_directory_that_was_removed_is_made_again_but_not_those_above(tmp_path: Path) -> None:
+    run, saver = a_run(single_process_mesh(), tiny_config(tmp_path, "gpt2", 3, save=str(tmp_path / "a/b")))
+    for step, gone in ((1, "a/b"), (2, "a")):
+        shutil.rmtree(tmp_path / gone)
+        saver.save(step, run.checkpoint_state(step))
+        saver.wait()
+    assert saver.failures == 1 and not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    saver.save(3, run.checkpoint_state(3))
+    saver.wait()
+    assert verify(tmp_path / "a/b/step_00000003") == []
 
 
 def test_a_fault_of_ours_in_the_writer_is_not_taken_for_a_full_disk(

@@ -66,8 +66,29 @@ def test_diff(root: Path) -> None:
     assert (same.returncode, same.stdout) == (0, "no difference\n")
     found = tool("diff", root, root / "checkpoints/step_00000003")
     assert found.returncode == 1
-    assert "samples: 32 there, 24 in the second\n" in found.stdout
+    assert "samples: 32 in the first, 24 in the second\n" in found.stdout
     assert "model.final_norm.weight: 144 of 144 entries, by " in found.stdout
+
+
+def test_differences_within_entries_are_named(root: Path) -> None:
+    lines = tool("diff", root, root / "checkpoints/step_00000003").stdout.splitlines()
+    assert (
+        [line for line in lines if line.startswith("watch.")]
+        == [
+            line
+            for line in lines
+            if line.startswith(("watch.losses[3]: ", "watch.norms[3]: ")) and "nothing in the second" in line
+        ]
+        != []
+    )
+
+
+def test_a_reader_that_goes_away_ends_a_tool_in_silence(root: Path) -> None:
+    words = f"'{sys.executable}' '{TOOL}' show '{root}' --json"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} | true"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
 @pytest.mark.parametrize("words", [["list"], ["verify", "NOWHERE"], ["show", "NOWHERE"], ["guess", "NOWHERE"]])

@@ -102,9 +102,13 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 def test_a_resume_drops_later_and_torn_rows(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    drop_rows_after(path, 2)
+    assert drop_rows_after(path, 2) == 0
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    drop_rows_after(tmp_path / "none.jsonl", 2)
+    assert drop_rows_after(tmp_path / "none.jsonl", 2) == 0
+    path.write_text('{"step": 1}\n{"st\x00p": 2}\n[]\n\n{"step": 3}\n{"step": 4, "lo')
+    assert drop_rows_after(path, 3) == 2  # the last one may be a kill's
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}')
+    assert drop_rows_after(path, 3) == 1
 
 
 def test_rows_that_a_full_disk_does_not_take_follow_whole_and_in_order(tmp_path: Path) -> None:
