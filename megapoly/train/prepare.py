@@ -317,8 +317,6 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool, writes: bool = True) -
     for folder in (cfg.logging.run_dir, cfg.checkpoint.save, cfg.checkpoint.save_copy):
         if writes and folder is not None:
             _check_writable(folder)
-    if cfg.checkpoint.load is not None and not Path(cfg.checkpoint.load).exists():
-        raise ConfigError(f"load {cfg.checkpoint.load}: there is no such directory; give another or leave it out")
     vocab_size, tokenizer = resolve_vocab_size(cfg)
     streams = open_sources(cfg, vocab_size)
     valid = [TokenStream(s.valid_paths, vocab_size) if s.valid_paths else None for s in cfg.data.sources]

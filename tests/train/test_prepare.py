@@ -97,14 +97,14 @@ def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
         starting_point(tiny_config(tmp_path, "gpt2", 2, optimizer="muon"))
 
 
-def test_what_load_names_must_be_there_though_the_run_has_checkpoints(
+def test_a_run_that_has_checkpoints_goes_on_where_what_it_began_with_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megapoly.train.prepare.resolve_vocab_size", lambda _: (VOCAB, None))
-    run_ranks(train_it, tiny_config(tmp_path, "gpt2", 4))
-    with pytest.raises(ConfigError, match="load /nonexistent: there is no such directory"):
+    with pytest.raises(CheckpointError, match="/nonexistent: no checkpoint here"):
         prepare(tiny_config(tmp_path, "gpt2", 4, load="/nonexistent"), 1, False)
-    assert prepare(tiny_config(tmp_path, "gpt2", 4, load=str(tmp_path / "run")), 1, False).is_resume
+    run_ranks(train_it, tiny_config(tmp_path, "gpt2", 4))
+    assert prepare(tiny_config(tmp_path, "gpt2", 4, load="/nonexistent"), 1, False).is_resume
 
 
 def test_another_sequence_length_is_no_change_of_sources_that_are_not_packed(tmp_path: Path) -> None:
