@@ -105,7 +105,9 @@ def test_a_line_names_every_rank_that_fails_and_a_slow_gpu() -> None:
 
 def test_the_tool_prints_a_line_a_check_and_ends_with_1_where_one_fails(tmp_path: Path) -> None:
     command = [sys.executable, str(HERE / "tools/selftest.py"), "--megabytes", "1", "--distributed-backend", "gloo"]
-    good = subprocess.run([*command, "--folder", str(tmp_path / "here/deeper")], capture_output=True, text=True, check=False)
+    good = subprocess.run(
+        [*command, "--folder", str(tmp_path / "here/deeper")], capture_output=True, text=True, check=False
+    )
     assert good.returncode == 0, good.stderr
     assert [line.split()[1] for line in good.stdout.splitlines()] == [f"{name}:" for name in CHECKS]
     assert not list(tmp_path.iterdir())  # neither files nor the folders made for them
