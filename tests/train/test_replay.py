@@ -134,6 +134,11 @@ def test_no_run_has_no_step_to_replay(tmp_path: Path) -> None:
         prepared_before(with_start(tiny_prepared(cfg), {}), 3)
 
 
+def test_a_dry_run_replays_nothing() -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse(["--dry-run", "--replay", "2"], "tiny", "tiny")
+
+
 def test_a_replay_does_not_ask_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny_config(tmp_path, "gpt2", STEPS, **SMALL)
     monkeypatch.setattr("megapoly.train.prepare.os.access", lambda *_: False)
