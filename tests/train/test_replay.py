@@ -125,13 +125,18 @@ def test_another_layout_than_that_of_the_row_is_named(tmp_path: Path, capfd: pyt
     for ranks in (1, 2):
         run_ranks(start_it, cfg, 5, dp=ranks)
         out = capfd.readouterr().out
-        assert "differs from its row: " in out and (said in out) == (ranks == 2), out
+        assert "differs from its row: " in out and (said in out) == ("it was made on" in out) == (ranks == 2), out
 
 
 def test_no_run_has_no_step_to_replay(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, "gpt2", STEPS, **SMALL | {"run_dir": str(tmp_path / "typo")})
     with pytest.raises(ConfigError, match="typo: no run to replay a step of"):
         prepared_before(with_start(tiny_prepared(cfg), {}), 3)
+
+
+def test_a_dry_run_replays_nothing() -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse(["--dry-run", "--replay", "2"], "tiny", "tiny")
 
 
 def test_a_replay_does_not_ask_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
