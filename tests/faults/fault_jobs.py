@@ -28,6 +28,7 @@ FLAGS = (
 LAYOUTS = {"TP 2": (2, 2), "DP 2": (2, 1), "TP 2 x DP 2": (4, 2)}  # ranks, tensor-parallel size
 BEGAN = re.compile(r"^(?:resuming run from run/checkpoints/step_\d+ at step (\d+)/|starting run anew)", re.M)
 PASSED_OVER = re.compile(r"^warning: run/checkpoints/step_(\d+) is damaged and was skipped", re.M)
+NOT_SAVED = re.compile(r"^warning: rank \d+: run/checkpoints/step_(\d+) is not saved: ", re.M)
 JOB_SECONDS = 240.0
 
 
