@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megapoly.errors import ConfigError
+from megapoly.errors import FAILURE_STATUS, ConfigError
 from megapoly.parallel.joining import join
 from megapoly.sections import Config, ParallelConfig
 
@@ -176,6 +176,15 @@ def die_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() == 1 and not _is_python(1):  # it was gone before; in a container it may be process 1 itself
+            os._exit(FAILURE_STATUS)
+
+
+def _is_python(process: int) -> bool:
+    try:
+        return "python" in os.readlink(f"/proc/{process}/exe")
+    except OSError:  # another user's
+        return False
 
 
 def init_mesh(cfg: Config) -> Mesh:

@@ -140,6 +140,7 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
 
     def run_it() -> None:
         nonlocal is_joined
+        die_with_launcher()
         asked = parse(sys.argv[1:] if argv is None else argv, gpu_preset, cpu_preset)
         cfg = asked.config()
         parallel = cfg.parallel
@@ -170,7 +171,6 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
             return
         else:
             check_not_lost(prepared)
-        die_with_launcher()
         mesh = init_mesh(cfg)
         is_joined = True  # from here on a rank may meet what the others do not
         progress, run_dir = Progress(), prepared.cfg.logging.run_dir

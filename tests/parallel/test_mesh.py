@@ -1,14 +1,18 @@
 """Which ranks stand in which group: Megatron-LM's order, and what every axis is for."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megapoly.parallel.mesh import Axis, Layout, Mesh, make_mesh, prepare_host, single_process_mesh
+from megapoly.parallel.mesh import Axis, Layout, Mesh, _is_python, make_mesh, prepare_host, single_process_mesh
 from megapoly.sections import ParallelConfig
 
 WORLD = 32
@@ -96,3 +100,37 @@ def test_kernels_start_in_the_order_of_issue_where_tensor_parallel_needs_it(
     monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "0"})
     prepare_host(ParallelConfig(**sizes))
     assert os.environ == {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "0"}
+
+
+@pytest.mark.skipif(_is_python(1), reason="process 1 is Python: orphans cannot be told from children of a launcher")
+def test_a_rank_whose_launcher_was_gone_before_it_asked_ends(tmp_path: Path) -> None:
+    """The launcher here is a shell that ends at once; then the rank is a child of process 1."""
+    code = (
+        "import os, pathlib, time\n"
+        "from megapoly.parallel.mesh import die_with_launcher\n"
+        "while os.getppid() == int(os.environ['LAUNCHER']): time.sleep(0.01)\n"
+        "pathlib.Path('came').touch()\n"
+        "if os.getppid() != 1: pathlib.Path('adopted').touch()\n"
+        "die_with_launcher()\n"
+        "pathlib.Path('went on').touch()\n"
+    )
+    (tmp_path / "rank.py").write_text(code)
+    command = f"LAUNCHER=$$ TORCHELASTIC_RUN_ID=x {sys.executable} rank.py >log 2>&1 & echo $!"
+    rank = int(
+        subprocess.run(
+            ["sh", "-c", command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        ).stdout
+    )
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (tmp_path / "came").exists()
+    if (tmp_path / "adopted").exists():
+        pytest.skip("orphans here become children of another process than 1")
+    assert not (tmp_path / "went on").exists()
