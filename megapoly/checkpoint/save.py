@@ -326,8 +326,8 @@ class Saver:
             self._warn(f"old checkpoints of {job.temporary.parent} cannot be deleted: {_reason(error)}")
 
     def _warn(self, text: str) -> None:
-        line = f"warning: rank {self.mesh.world.rank}: {text}"
-        print(line, file=sys.stderr, flush=True)
+        line = f"warning: rank {self.mesh.world.rank}: {text}\n"
+        print(line, end="", file=sys.stderr, flush=True)  # in one piece: other ranks write to the same place
 
 
 class _AbandonedError(Exception):

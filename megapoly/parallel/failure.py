@@ -149,7 +149,7 @@ class _Watch:
                     self._let_the_speaker_finish()
                 os._exit(EXIT_STATUS)
             where = describe(self.stood or frames_of_all_threads(), self.mesh)
-            print(f"{self.name}: {where}: {reason}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {where}: {reason}\n", end="", file=sys.stderr, flush=True)  # in one piece
             os._exit(FAILURE_STATUS if sent is None else 128 + sent)
 
     def _let_the_speaker_finish(self) -> None:

@@ -1,6 +1,7 @@
 """Records of a run: metrics.jsonl (one object a step), TensorBoard, and the line a person reads."""
 
 import dataclasses
+import errno
 import math
 import time
 from collections.abc import Mapping
@@ -79,10 +80,10 @@ class Metrics:
             try:
                 self._open(run_dir)
             except OSError as error:
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                advice = "; make room there, then start again" if is_full else ""
                 where = error.filename or run_dir
-                raise ConfigError(
-                    f"{where}: cannot be written ({error.strerror}); make room there, then start again"
-                ) from None
+                raise ConfigError(f"{where}: cannot be written: {error.strerror}{advice}") from None
 
     def _open(self, run_dir: Path) -> None:
         cfg, start = self.run.cfg, self.run.prepared.start_step
