@@ -24,17 +24,8 @@ IN_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 def table(outcomes: list[dict[str, Any]]) -> str:
     """The report in Markdown: a row a kind of fault, and one for all."""
-    head = [
-        "fault",
-        "trials",
-        "restarts",
-        "of them new starts",
-        "most steps lost",
-        "damaged",
-        "detected",
-        "failed",
-        "where it struck",
-    ]
+    head = ["fault", "trials", "went on", "new starts", "most steps lost", "damaged", "detected", "failed"]
+    head.append("where it struck")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     done = [outcome for outcome in outcomes if outcome["moment"] != "missed"]
     for kind in [*KINDS, "all"]:

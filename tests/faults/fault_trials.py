@@ -38,8 +38,8 @@ class Outcome:
     kind: str
     layout: str
     moment: str = ""
-    restarts: int = 0  # by the agent or anew
-    starts: int = 0  # of these, new starts of the command
+    restarts: int = 0  # how often ranks said again from where they begin, started by the agent or anew
+    starts: int = 0  # new starts of the command
     lost: int = 0  # steps that had been made and were made again
     damaged: int = 0  # checkpoints
     detected: int = 0  # of these
