@@ -60,6 +60,9 @@ def step(title: str, command: list[str]) -> int:
             break
         except subprocess.TimeoutExpired:
             most = max(most, memory_of(os.getpid()))
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reached it as well; a training saves first
+            raise
     if status:
         sys.exit(status)
     return most
@@ -101,7 +104,7 @@ def main() -> None:
         "run_dir", f"runs/{data.name}-{hashlib.blake2b(manifest, digest_size=4).hexdigest()}"
     )
     ranks, layout = layout_flags()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = [sys.executable, "-m", "megapoly.train.launch", "--standalone", "--nproc-per-node", str(ranks)]
     script = [str(ROOT / "examples/pretrain_polylm.sh"), "--config", config, *layout, *flags, "--run-dir", run]
     most = step("training", [*torchrun, *script])
     if "--dry-run" in flags:

@@ -87,7 +87,8 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
     """Wrap an entry point: a MegapolyError ends in one line on stderr and its status, 2 mostly, without a traceback.
 
     `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says,
-    and an Echo nobody. Where nobody reads stdout any more (`| head`) it ends in silence.
+    and an Echo nobody. Where nobody reads stdout any more (`| head`) it ends in silence. Ctrl-C ends it with the word
+    "interrupted" and by SIGINT itself, on which a shell's loop stops.
     """
 
     @functools.wraps(main)
@@ -102,6 +103,12 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
             if _is_read():  # it is another pipe that broke
                 raise
             os._exit(UNREAD_STATUS)
+        except KeyboardInterrupt:
+            _flush()
+            if speaks():
+                print("interrupted", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         except MegapolyError as error:
             _flush()
             if speaks() and not isinstance(error, Echo):

@@ -24,7 +24,7 @@ IN_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 def table(outcomes: list[dict[str, Any]]) -> str:
     """The report in Markdown: a row a kind of fault, and one for all."""
-    head = ["fault", "trials", "went on", "new starts", "most steps lost", "damaged", "detected", "failed"]
+    head = ["fault", "trials", "restarts", "commands anew", "most steps lost", "damaged", "detected", "failed"]
     head.append("where it struck")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     done = [outcome for outcome in outcomes if outcome["moment"] != "missed"]
