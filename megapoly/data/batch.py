@@ -57,9 +57,9 @@ def batch_of(
         if documents.masks_eod:
             mask[is_end] = 0.0
         if documents.are_apart:
-            begins = np.ones_like(is_end)
-            begins[:, 1:] = is_end[:, :-1]
+            is_first = np.ones_like(is_end)
+            is_first[:, 1:] = is_end[:, :-1]
             for row, n in enumerate(ends):
-                begins[row, n : n + 1], begins[row, n + 1 :] = True, False
-            cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
+                is_first[row, n : n + 1], is_first[row, n + 1 :] = True, False
+            cu_seqlens = np.append(np.flatnonzero(is_first), is_first.size).astype(np.int32)
     return Batch(tokens, labels, mask, np.asarray(sources, dtype=np.int64), cu_seqlens, begins)

@@ -27,8 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def alone(family: str, folder: Path) -> dict[str, Any]:
-    return run_ranks(steps_of, tiny_config(folder, family, STEPS, **RATE), STEPS)[0]
+def alone(family: str, folder: Path, is_apart: bool) -> dict[str, Any]:
+    cfg = tiny_config(folder, family, STEPS, reset_attention_mask=is_apart, **RATE)
+    return run_ranks(steps_of, cfg, STEPS)[0]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def alone(family: str, folder: Path) -> dict[str, Any]:
         ("gpt2", {"tp": 2, "pp": 2, "dp": 2}, {"sequence_parallel": True, "pipeline_schedule": "zb-v"}),
         ("gpt2", {"cp": 2, "tp": 2}, {"sequence_parallel": True, "micro_batch_size": 2}),
         ("llama", {"cp": 2, "dp": 2}, {"recompute_granularity": "full"}),
+        ("llama", {"cp": 2, "dp": 2}, {"reset_attention_mask": True, "micro_batch_size": 2}),
         ("llama", {"tp": 2}, {"recompute_granularity": "selective"}),
         ("gpt_neox", {"tp": 2, "dp": 2}, {"micro_batch_size": 2}),
         ("gpt_neox", {"pp": 2}, {"recompute_granularity": "full", "pipeline_schedule": "interleaved"}),
@@ -49,14 +51,15 @@ def test_layouts_drop_the_same(family: str, axes: dict[str, int], options: dict[
         sizes["num_virtual_stages_per_pipeline_rank"] = 2
     cfg = tiny_config(folder, family, STEPS, **sizes, **options, **RATE)
     for of_rank in run_ranks(steps_of, cfg, STEPS, **axes):
-        assert_same_training(of_rank, alone(family, folder))
+        assert_same_training(of_rank, alone(family, folder, cfg.data.reset_attention_mask))
 
 
-def test_training_drops_and_evaluation_does_not(folder: Path) -> None:
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_training_drops_and_evaluation_does_not(is_apart: bool, folder: Path) -> None:
     """The first held-out loss is that of the initial weights, whatever the rate; the first training loss is not."""
     found = []
     for rate in (0.0, 0.2, 0.5):
-        cfg = tiny_config(folder, "gpt2", STEPS, hidden_dropout=rate)
+        cfg = tiny_config(folder, "gpt2", STEPS, hidden_dropout=rate, reset_attention_mask=is_apart)
         run = tiny_run(single_process_mesh(), cfg)
         held_out = evaluate(run).tolist()
         found.append((held_out, steps_of(single_process_mesh(), cfg, 1)["losses"]))
@@ -64,9 +67,10 @@ def test_training_drops_and_evaluation_does_not(folder: Path) -> None:
     assert len({losses[0] for _, losses in found}) == 3
 
 
-def test_tokens_are_told_apart_by_their_numbers_in_the_run(folder: Path) -> None:
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_tokens_are_told_apart_by_their_numbers_in_the_run(is_apart: bool, folder: Path) -> None:
     """Whichever rank and micro-batch reads them: the sequences of a step are those of its samples, each once."""
-    cfg = tiny_config(folder, "gpt2", STEPS, micro_batch_size=2)
+    cfg = tiny_config(folder, "gpt2", STEPS, micro_batch_size=2, reset_attention_mask=is_apart)
     run = tiny_run(single_process_mesh(), cfg)
     length = run.prepared.plan.block_length
     for first in (0, 8, 24):
