@@ -77,7 +77,8 @@ def _flush() -> None:
         os._exit(UNREAD_STATUS)
 
 
-def _is_read() -> bool:
+def is_read() -> bool:
+    """Whether somebody still reads stdout, where that is a pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return not any(event & select.POLLERR for _, event in poll.poll(0))
@@ -100,7 +101,7 @@ def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda
             _flush()
             raise
         except BrokenPipeError:
-            if _is_read():  # it is another pipe that broke
+            if is_read():  # it is another pipe that broke
                 raise
             os._exit(UNREAD_STATUS)
         except KeyboardInterrupt:

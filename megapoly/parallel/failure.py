@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megapoly.errors import EXIT_STATUS, FAILURE_STATUS, SPEAKER_SECONDS, MegapolyError
+from megapoly.errors import EXIT_STATUS, FAILURE_STATUS, SPEAKER_SECONDS, MegapolyError, is_read
 from megapoly.parallel.joining import is_launchers_store
 from megapoly.parallel.mesh import Mesh, launcher_store
 from megapoly.parallel.progress import Progress
@@ -56,8 +56,11 @@ def ending_together(mesh: Mesh, timeout_minutes: float, progress: Progress, run_
             watch.stood = list(traceback.walk_tb(error.__traceback__))
             watch.leave(watch.find_culprit(str(error)))
         watch.stop()
-        traceback.print_exc()
-        sys.stderr.flush()
+        if isinstance(error, BrokenPipeError) and not is_read():
+            watch.end(f"{MISTAKE}nobody reads what rank {watch.rank} prints")
+            watch.await_readers()
+            raise
+        _say(traceback.format_exc())
         watch.end(f"{watch.name} ended with {type(error).__name__}: {error}")
         os._exit(FAILURE_STATUS)
     else:
@@ -79,6 +82,12 @@ def _stopping_alone(progress: Progress) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    """Print to stderr in one piece; an end does not fail for a log without room."""
+    with contextlib.suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def _is_from_outside(error: Exception) -> bool:
@@ -149,7 +158,7 @@ class _Watch:
                     self._let_the_speaker_finish()
                 os._exit(EXIT_STATUS)
             where = describe(self.stood or frames_of_all_threads(), self.mesh)
-            print(f"{self.name}: {where}: {reason}\n", end="", file=sys.stderr, flush=True)  # in one piece
+            _say(f"{self.name}: {where}: {reason}\n")
             os._exit(FAILURE_STATUS if sent is None else 128 + sent)
 
     def _let_the_speaker_finish(self) -> None:
@@ -158,7 +167,7 @@ class _Watch:
         main = json.loads(self.store.get("rank/0"))
         self.store.set(f"read/{self.rank}", "")  # from here on there may be no store
         while time.monotonic() < until and self._state(*main) is None:
-            if select.select([self._woken], [], [], SETTLE_SECONDS)[0]:
+            if self._is_woken(SETTLE_SECONDS):
                 return
 
     def find_culprit(self, error: str) -> str:
@@ -226,13 +235,21 @@ class _Watch:
                     self._tell()
                 self._settle()
                 is_settling = self._is_frozen and not self._is_settled
-                if select.select([self._woken], [], [], SETTLE_SECONDS if is_settling else self.interval)[0]:
+                if self._is_woken(SETTLE_SECONDS if is_settling else self.interval):
                     number = self._woken.recv(1)[0]
                     if number not in STOP_SIGNALS:
                         return
                     self._take(signal.Signals(number))
         except dist.DistError as error:
             self.leave(f"the launcher's store is gone ({error})")
+        except Exception as error:  # without this thread nobody would hear of a signal or a hang
+            self.leave(f"the watch of this rank failed with {type(error).__name__}: {error}")
+
+    def _is_woken(self, seconds: float) -> bool:
+        """Whether a signal or the end comes within so long."""
+        poll = select.poll()  # select() refuses descriptors from 1,024 on, and each data file has one
+        poll.register(self._woken, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
 
     def _guard(self) -> None:
         """End this rank where the store does not answer: operations on one that a frozen process holds never end."""
@@ -306,5 +323,5 @@ class _Watch:
             found += f"; the stacks of all ranks are in {path}"
         except OSError as error:
             found += f"; {path} cannot be written ({error.strerror})"
-        print(text, end="", file=sys.stderr, flush=True)
+        _say(text)
         self.end(found)

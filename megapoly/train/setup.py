@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def written_folders(cfg: Config) -> list[str]:
 
 @contextlib.contextmanager
 def only_writer(run_dir: str, is_main: bool) -> Iterator[None]:
-    """Hold a directory of the run for this job; ConfigError where another job has it."""
+    """Hold a directory of the run for this job: ConfigError where another job has it, a warning where nobody can."""
     if not is_main:
         yield
         return
@@ -80,6 +81,9 @@ def only_writer(run_dir: str, is_main: bool) -> Iterator[None]:
             raise ConfigError(
                 f"{run_dir}: another job is writing to this run; wait for it, end it or give another --run-dir"
             ) from None
+        except OSError as error:  # NFS without its lock daemon, Lustre mounted without flock
+            told = f"warning: {run_dir}: has no file locks ({error.strerror}); a second job in it would not be noticed"
+            print(told, file=sys.stderr, flush=True)
         yield
 
 

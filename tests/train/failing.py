@@ -1,4 +1,7 @@
-"""A training command in which a rank (2 of 4, 1 of 2) meets in step 3 what the first argument says; the rest are flags."""
+"""A training command in which a rank (2 of 4, 1 of 2) meets in step 3 what the first argument says; the rest are flags.
+
+WIDE in the environment opens so many files first, as a corpus in many files does.
+"""
 
 import os
 import signal
@@ -30,6 +33,7 @@ def failing_step(run: Run, step: int) -> StepStats:
 
 if __name__ == "__main__":
     loop.train_step = failing_step
+    files = [os.dup(0) for _ in range(int(os.environ.get("WIDE", 0)))]
     if sys.argv[1] == "stuck" and os.environ["RANK"] == "2":
         save.write_shard = lambda *_: time.sleep(3600)  # a file server that is gone
     main("tiny", "tiny", Path("nowhere"), sys.argv[2:])

@@ -1,5 +1,7 @@
 """What is found before any process group exists, and what guards a run's directory."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tiny_runs import VOCAB, tiny_config, tiny_prepared, tiny_run
 from megapoly.errors import CheckpointError, ConfigError, Echo
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config
+from megapoly.train import setup
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, _check_writable, prepare, with_start
 from megapoly.train.setup import check_agreement, only_writer, written_folders
@@ -59,6 +62,17 @@ def test_one_job_writes_to_a_run(tmp_path: Path) -> None:
             pass
     with only_writer(str(tmp_path / "run"), is_main=True):
         pass
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(setup.fcntl, "flock", flock)
+    with only_writer(str(tmp_path / "run"), is_main=True):
+        assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'run'}: has no file locks (Function not")
 
 
 def test_a_place_with_two_names_is_written_by_one_job(tmp_path: Path) -> None:

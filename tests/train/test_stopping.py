@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -102,7 +103,9 @@ def test_a_report_shares_equal_stacks_and_names_who_is_silent() -> None:
     )
 
 
-def start_ranks(size: int, folder: Path, data: Path, how: str, *flags: str) -> list[subprocess.Popen[bytes]]:
+def start_ranks(
+    size: int, folder: Path, data: Path, how: str, *flags: str, stdout: int | None = None
+) -> list[subprocess.Popen[bytes]]:
     """As Slurm's srun does: one process a rank, no launcher above them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,7 +117,7 @@ def start_ranks(size: int, folder: Path, data: Path, how: str, *flags: str) -> l
         with (folder / "log").open("a") as log:
             command = [sys.executable, str(HERE / "failing.py"), how, "--config", "tiny", "--data-root", str(data)]
             processes.append(subprocess.Popen(
-                [*command, *SMALL.split(), *flags], cwd=folder, stdout=log, stderr=log,
+                [*command, *SMALL.split(), *flags], cwd=folder, stdout=log if stdout is None else stdout, stderr=log,
                 env=os.environ | {name: str(value) for name, value in where.items()},
             ))  # fmt: skip
     return processes
@@ -144,6 +147,19 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     assert ends(start_ranks(size, tmp_path, data, "go", *layout)) == [0] * size, (tmp_path / "log").read_text()
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 31))
+
+
+def test_ranks_with_thousands_of_files_hear_signals(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    try:
+        monkeypatch.setenv("WIDE", "1100")
+        processes = start_ranks(2, tmp_path, data, "SIGUSR1", "--pipeline-model-parallel-size", "2")
+        assert ends(processes) == [RESTART_STATUS] * 2, (tmp_path / "log").read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def said(folder: Path, text: str, count: int = 1) -> None:
@@ -181,6 +197,18 @@ def test_a_frozen_rank_that_holds_the_store_ends_the_others_in_time(data: Path, 
     name = rf"rank 0 \(\S+, process {processes[0].pid}\)"
     line = rf"^rank 1 \(.*\): .*: {name}, which holds the store of the job, gives no sign of life, for \d+ s now$"
     assert re.search(line, (tmp_path / "log").read_text(), re.M), (tmp_path / "log").read_text()
+
+
+def test_ranks_whose_lines_nobody_reads_end_in_silence(data: Path, tmp_path: Path) -> None:
+    """As under `| head`; the first rank is the one that prints."""
+    reader, writer = os.pipe()
+    layout = ("--pipeline-model-parallel-size", "2", "--train-iters", "100")
+    processes = start_ranks(2, tmp_path, data, "go", *layout, stdout=writer)
+    os.close(writer)
+    assert os.read(reader, 10)
+    os.close(reader)
+    assert ends(processes) == [128 + signal.SIGPIPE, 2]
+    assert (tmp_path / "log").read_text() == ""
 
 
 def test_a_mistake_of_the_rank_that_holds_the_store_ends_all_alike_and_soon(data: Path, tmp_path: Path) -> None:
