@@ -8,7 +8,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megapoly.errors import EXIT_STATUS, RESTART_STATUS
+from megapoly.errors import EXIT_STATUS, RESTART_STATUS, UNREAD_STATUS
 
 SPOKEN = (EXIT_STATUS, RESTART_STATUS)  # a rank that ends with one of these has said why in a line
 
@@ -16,7 +16,8 @@ SPOKEN = (EXIT_STATUS, RESTART_STATUS)  # a rank that ends with one of these has
 def main() -> None:
     """Run torchrun with the arguments given; a status of SPOKEN is passed on, any other ends in torchrun's own report.
 
-    A signal, which torchrun has passed on and waited upon, ends in 128 plus its number, as in a shell.
+    A signal, which torchrun has passed on and waited upon, ends in 128 plus its number, as in a shell; a reader that is gone
+    (`| head`) as well, in silence.
 
     torchrun by itself ends with status 1 whatever its ranks end with, and with that report.
     """
@@ -29,6 +30,8 @@ def main() -> None:
     except ChildFailedError as error:
         # torchrun ends the others by SIGTERM.
         statuses = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
+        if UNREAD_STATUS in statuses:
+            sys.exit(UNREAD_STATUS)
         if len(statuses) == 1 and statuses <= set(SPOKEN):
             sys.exit(statuses.pop())
         raise

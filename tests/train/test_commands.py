@@ -166,6 +166,7 @@ def test_a_mistake_under_bash_is_one_line_and_status_2(
     [
         ("os._exit(75)", 75, False),
         ("os._exit(2) if rank else time.sleep(60)", 2, False),
+        ("time.sleep(60) if rank else os._exit(141)", 141, False),
         ("os._exit(3) if rank else time.sleep(60)", 1, True),
         ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", 1, True),
     ],
