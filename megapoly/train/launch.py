@@ -16,8 +16,8 @@ SPOKEN = (EXIT_STATUS, RESTART_STATUS)  # a rank that ends with one of these has
 def main() -> None:
     """Run torchrun with the arguments given; a status of SPOKEN is passed on, any other ends in torchrun's own report.
 
-    A signal, which torchrun has passed on and waited upon, ends in 128 plus its number, as in a shell; a reader that is gone
-    (`| head`) as well, in silence.
+    A signal, which torchrun has passed on and waited upon, ends in 128 plus its number, as in a shell; a reader that is
+    gone (`| head`) as well, in silence.
 
     torchrun by itself ends with status 1 whatever its ranks end with, and with that report.
     """
