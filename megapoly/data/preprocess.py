@@ -158,7 +158,8 @@ def preprocess(
     run.checkpoint_seconds = checkpoint_seconds
     try:
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        with only_writer([run.output(name) for name in run.names]):
+        # The prefix too: the folder of what is half-written is one for all keys.
+        with only_writer([output_prefix, *map(run.output, run.names)]):
             state = run.workspace.begin(run.options, run.described, restart)
             try:
                 backend, unlike, why = choose_backend(tokenizer_backend, tokenizer, _sample(run.inputs, wanted))

@@ -174,6 +174,9 @@ def test_a_finished_run_does_nothing_and_another_one_is_refused(inputs: list[str
     (tmp_path / "rules.yaml").write_text("rules: {min_characters: 10}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"begun with rules\.min_characters 50 instead of 10; .*--restart"):
         clean_corpus(inputs, str(out), str(tmp_path / "rules.yaml"), log=quiet)
+    (tmp_path / "dedup.yaml").write_text("dedup: null\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"begun with dedup\.exact True instead of None"):
+        clean_corpus(inputs, str(out), str(tmp_path / "dedup.yaml"), log=quiet)
     with pytest.raises(DataError, match="begun with tasks 3 instead of 2"):
         clean_corpus(inputs, str(out), tasks=2, log=quiet)
     with pytest.raises(DataError, match="begun with 3 inputs instead of 2"):
