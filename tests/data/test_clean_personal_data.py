@@ -109,6 +109,7 @@ KNOWN = st.sampled_from(
 @settings(max_examples=600, deadline=None)
 @given(st.lists(NOISE | KNOWN, max_size=6), st.sampled_from(["ko", "en", "zh"]))
 @example(["00000.00.00+100000000"], "ko")
+@example(["은행 12-34-567가00-00-00"], "ko")
 def test_replacing_twice_equals_once(parts: list[str], language: str) -> None:
     once = replaced("".join(parts), language)
     assert replaced(once, language) == once
