@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -267,6 +268,16 @@ def test_stretches_lie_evenly_and_ids_are_checked(tmp_path: Path, monkeypatch: p
         inspect(str(tmp_path / "a"), vocab_size=5)
 
 
+def test_an_id_beyond_any_vocabulary_takes_no_memory(tmp_path: Path) -> None:
+    np.array([5, 2**31 - 1], "<i4").tofile(tmp_path / "a.bin")
+    write_index(f"{tmp_path}/a.idx", np.dtype("<i4"), [(np.array([2]), np.array([0, 1]))])
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.bin: has the id 2147483647, beyond any vocabulary; give its tokenizer"):
+        inspect(str(tmp_path / "a"))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents in two languages, and their tokenizer."""
@@ -325,6 +336,8 @@ def test_the_tools(spoken: Path, tmp_path: Path) -> None:
     (tmp_path / "m.idx").unlink()
     assert tool("inspect_data", str(tmp_path / "m"), "--repair").returncode == 2
     assert "mended: 6 documents" in tool("inspect_data", str(tmp_path / "m"), "--repair", *tokenizer).stdout
+    for flag in ("--samples", "--frequent", "--identify", "--max-tokens"):
+        assert f"error: {flag} (-1) must not be negative" in tool("inspect_data", prefix, flag, "-1").stderr
     for wrong in (["--samples"], [str(tmp_path / "none")], [prefix, "--languages", "en"], [prefix, *tokenizer[:2]]):
         refused = tool("inspect_data", *wrong)
         assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
