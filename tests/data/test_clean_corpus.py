@@ -402,6 +402,13 @@ def test_invented_languages_do_not_fill_the_memory() -> None:
     assert sum(tally.removed["language not wanted"].documents for tally in ledger.languages.values()) == 3000
 
 
+def test_a_file_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.jsonl")
+    write(Path(path), [document("en", n) for n in range(3)])
+    clean_corpus([path], str(tmp_path / "out"), log=quiet)
+    assert len(kept(tmp_path / "out")["en"]) == 3
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, inputs: list[str], tmp_path: Path) -> None:
     monkeypatch.setattr("megapoly.data.clean.pipeline.PACKAGES", ("datatrove", "no_such_package"))
     with pytest.raises(MegapolyError, match=r"needs the package no_such_package; pip install 'megapoly\[clean\]'"):
