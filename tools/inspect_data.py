@@ -57,6 +57,9 @@ def main() -> None:
         raise ConfigError("--tokenizer-type and --tokenizer-model belong together: give both or neither")
     if arguments.languages and arguments.tokenizer_type is None:
         raise ConfigError("--languages needs text: give --tokenizer-type and --tokenizer-model")
+    for name in ("samples", "identify", "frequent", "max_tokens"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} ({getattr(arguments, name)}) must not be negative")
     tokenizer, mend = None, repair
     if arguments.tokenizer_type is not None:
         tokenizer = load_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)

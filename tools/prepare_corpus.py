@@ -9,7 +9,9 @@ from megapoly.errors import exit_on_error
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Train a tokenizer on JSONL files, encode them, write a config.")
-    parser.add_argument("--input", nargs="+", required=True, help="JSONL files with text and, if known, lang and id")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="JSONL or Parquet files: text and, if known, lang, id"
+    )
     parser.add_argument("--output-dir", required=True, help="where tokenizer.model, the token files and config.yaml go")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces; fewer where the text is too small")
     parser.add_argument("--valid-fraction", type=float, default=0.12, help="part of the documents that is held out")

@@ -17,7 +17,7 @@ BYTE_LEVEL = ("split_digits", "nfc", "morpheme_separator")
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Train a tokenizer and print what text costs in it, beside others.")
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="JSONL files, plain, .gz or .zst, with text and lang")
+    add("--input", nargs="+", required=True, help="JSONL files, plain, .gz or .zst, or Parquet, with text and lang")
     add("--output", required=True, help="a .model, or for HuggingFaceTokenizer a .json or directory")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0])
     add("--vocab-size", type=int, required=True, help="pieces, bytes and special tokens included")

@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megapoly.data.text_input import Chunk, Limits, Rows, Wanted, is_compressed, read_chunks, read_lines, too_long
+from megapoly.data.text_input import (
+    Chunk,
+    Limits,
+    Rows,
+    Wanted,
+    is_compressed,
+    is_parquet,
+    read_chunks,
+    read_lines,
+    too_long,
+)
 from megapoly.errors import DataError
 
 UNKNOWN_LANGUAGE = "und"
@@ -56,8 +66,14 @@ def parse_document(line: bytes, keys: Sequence[str], language_key: str = "lang")
 
 
 def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str, Any]]:
-    """All documents of JSONL files, one after the other; raises DataError that names file and line of a bad one."""
+    """All documents of JSONL files, one after the other, and of Parquet files text, `id` and, if known, `lang`.
+
+    Raises DataError that names file and line of a bad one.
+    """
     for path in paths:
+        if is_parquet(path):
+            yield from _read_parquet(path, key)
+            continue
         for number, line in read_lines(path):
             try:
                 document = parse_document(line, [key])
@@ -65,6 +81,16 @@ def read_documents(paths: Sequence[str], key: str = "text") -> Iterator[dict[str
                 yield document
             except BadLine as bad:
                 raise bad_line_error(path, number, bad) from None
+
+
+def _read_parquet(path: str, key: str) -> Iterator[dict[str, Any]]:
+    wanted = Wanted((key,))
+    for chunk in read_chunks([path], wanted):
+        for number, found in documents_of(chunk, wanted):
+            if isinstance(found, BadLine):
+                raise bad_line_error(path, number, found)
+            language = {} if found.language == UNKNOWN_LANGUAGE else {wanted.language_key: found.language}
+            yield {key: found.texts[0], "id": found.name} | language
 
 
 def no_documents(inputs: Sequence[str], counts: Mapping[str, int]) -> DataError:

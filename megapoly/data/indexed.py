@@ -132,7 +132,7 @@ class IndexedDatasetWriter:
 
 
 def publish(prefix: str, temporary: Mapping[str, str]) -> None:
-    """Give the files of a prepared dataset their names, the index last, and behind it the note of a packed one.
+    """Give the files of a prepared dataset their names, the index last: with it a packed one has its note already.
 
     Done again it changes nothing.
     """
@@ -140,11 +140,11 @@ def publish(prefix: str, temporary: Mapping[str, str]) -> None:
         for older in (".idx", PACK_NOTE):  # which must not meet the new tokens
             Path(prefix + older).unlink(missing_ok=True)
         os.replace(temporary["bin"], f"{prefix}.bin")
-    if os.path.exists(temporary["idx"]):
-        sync_directory(Path(prefix).parent)  # the tokens' name reaches the disk before the index's
-        os.replace(temporary["idx"], f"{prefix}.idx")
     if "note" in temporary and os.path.exists(temporary["note"]):
         os.replace(temporary["note"], prefix + PACK_NOTE)
+    if os.path.exists(temporary["idx"]):
+        sync_directory(Path(prefix).parent)  # the names of tokens and note reach the disk before the index's
+        os.replace(temporary["idx"], f"{prefix}.idx")
     Path(temporary["lengths"]).unlink(missing_ok=True)
     sync_directory(Path(prefix).parent)
 

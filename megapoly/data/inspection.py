@@ -16,6 +16,7 @@ from megapoly.errors import DataError
 from megapoly.tokenizer.load import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 22
+MOST_IDS = 1 << 24  # that are counted where no tokenizer says how many there are
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BAR_WIDTH = 40
 SHOWN_CHARACTERS = 200
@@ -61,7 +62,7 @@ class Inspection:
 def inspect(prefix: str, vocab_size: int | None = None, max_tokens: int | None = None) -> Inspection:
     """Check a whole index, and read its tokens, or at most so many, in stretches spread evenly over them.
 
-    Raises DataError for damage, a note of packing that is not this pair's, and with a vocab_size an id beyond it.
+    Raises DataError for damage, a note of packing that is not this pair's, and an id beyond vocab_size (else MOST_IDS).
     """
     dataset, note = IndexedDataset(prefix), read_note(prefix)
     documents = document_lengths(dataset)
@@ -101,6 +102,9 @@ def _count_ids(
         begin = read if limit == n else (n - size) * number // max(stretches - 1, 1)
         tokens = dataset.tokens(begin, begin + size)
         check_ids(tokens, vocab_size or 1 << 31, dataset.bin_path, begin)
+        highest = int(tokens.max(initial=0))
+        if vocab_size is None and highest >= MOST_IDS:
+            raise DataError(f"{dataset.bin_path}: has the id {highest}, beyond any vocabulary; give its tokenizer")
         found = np.bincount(tokens, minlength=len(counts))
         found[: len(counts)] += counts
         counts, read = found, read + size

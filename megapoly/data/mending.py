@@ -138,12 +138,13 @@ def repair(prefix: str, dtype: np.dtype | None = None, eod: int | None = None) -
     """Keep the documents that are whole and cut off what comes after them, in place; done again it changes nothing.
 
     A damaged or missing end of the index is made again from the lengths that are there. Without any, `dtype` and `eod`
-    (the tokenizer's) tell documents by the tokens that end them. Raises DataError where nothing tells them apart.
+    (the tokenizer's) tell documents by the tokens that end them. Raises DataError, with nothing cut off, where nothing
+    tells them apart and where the index is false in its midst.
     """
     bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
     try:
         size = os.path.getsize(bin_path)
-        found = _left_of_index(idx_path)
+        found = _left_of_index(idx_path, size)
         if found is None:
             if dtype is None or eod is None:
                 raise DataError(
@@ -196,10 +197,11 @@ def _mend_note(prefix: str, rows: NDArray[np.int64]) -> None:
     os.replace(f"{path}.tmp-{os.getpid()}", path)
 
 
-def _left_of_index(path: str) -> tuple[np.dtype, NDArray[np.integer], NDArray[np.integer]] | None:
+def _left_of_index(path: str, bin_size: int) -> tuple[np.dtype, NDArray[np.integer], NDArray[np.integer]] | None:
     """Type, lengths and document index, as far as the file has them and they can be true; None without a header.
 
-    Where the document index is cut off or contradicts itself, every sequence is a document.
+    Where the document index is cut off or contradicts itself, every sequence is a document. Raises DataError for
+    lengths that are not those of the .bin and that the index's offsets or size contradict: that is no tail cut off.
     """
     if not os.path.isfile(path):
         return None
@@ -213,16 +215,31 @@ def _left_of_index(path: str) -> tuple[np.dtype, NDArray[np.integer], NDArray[np
         size = os.fstat(file.fileno()).st_size
     there = min(sequences, (size - HEADER.size) // 4)
     lengths: NDArray[np.integer] = np.memmap(path, "<i4", "r", HEADER.size, (there,)) if there else np.empty(0, "<i4")
+    begin = HEADER.size + 12 * sequences
+    ends = np.append(0, np.cumsum(lengths, dtype=np.int64) * DTYPES[code].itemsize)
+    is_false = size > begin + 8 * entries or not _agrees(path, size, sequences, ends)
+    if is_false and ends[-1] != bin_size:
+        raise DataError(
+            f"{path}: contradicts itself and the {bin_size} bytes of the .bin, so nothing was cut off; "
+            "copy it again, or remove it and give the tokenizer"
+        )
     negative = np.flatnonzero(lengths < 0)
     if len(negative):
         lengths = lengths[: negative[0]]
-    begin = HEADER.size + 12 * sequences
     documents: NDArray[np.integer] = np.arange(len(lengths) + 1)
     if entries and len(lengths) == sequences and size == begin + 8 * entries:
         given = np.memmap(path, "<i8", "r", begin, (entries,))
         if given[0] == 0 and given[-1] == sequences and not (np.diff(given) < 0).any():
             documents = given
     return DTYPES[code], lengths, documents
+
+
+def _agrees(path: str, size: int, sequences: int, ends: NDArray[np.int64]) -> bool:
+    """Whether the offsets, as far as the index has them, are the ends of the sequences before."""
+    there = min(sequences, (size - HEADER.size - 4 * sequences) // 8)
+    return there <= 0 or np.array_equal(
+        np.memmap(path, "<i8", "r", HEADER.size + 4 * sequences, (there,)), ends[:there]
+    )
 
 
 def _lengths_by_ends(path: str, size: int, dtype: np.dtype, eod: int) -> NDArray[np.integer]:

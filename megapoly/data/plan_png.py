@@ -148,7 +148,8 @@ def _draw_languages(plan: Plan, order: Sequence[str], steps: Steps | None, axes:
         planned, real = _of_stage(plan, number, steps)
         colour = STAGE_COLOURS[number % len(STAGE_COLOURS)]
         wanted = [(100 * planned[x], place[x]) for x in order if planned[x]]
-        axes.scatter(*zip(*wanted, strict=True), marker="|", s=110, color=colour, linewidth=1.8)
+        x, y = zip(*wanted, strict=True) if wanted else ((), ())  # of a run: all of a stage may have been left out
+        axes.scatter(x, y, marker="|", s=110, color=colour, linewidth=1.8)
         served = [(100 * real[x], place[x]) for x in order if real.get(x)]
         x, y = zip(*served, strict=True) if served else ((), ())
         axes.scatter(x, y, marker="o", s=26, color=colour, alpha=0.75, label=stage.name)

@@ -158,7 +158,7 @@ def preprocess(
     run.checkpoint_seconds = checkpoint_seconds
     try:
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        with only_writer([run.output(name) for name in run.names]):
+        with only_writer([output_prefix, *map(run.output, run.names)]):  # all keys share the prefix's .partial
             state = run.workspace.begin(run.options, run.described, restart)
             try:
                 backend, unlike, why = choose_backend(tokenizer_backend, tokenizer, _sample(run.inputs, wanted))

@@ -130,9 +130,9 @@ class Workspace:
 
 def _difference(old: Any, new: dict[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
-    for name, value in new.items():
-        if old.get(name) != value:
-            return f"begun with {name} {old.get(name)!r} instead of {value!r}"
+    for name in {**new, **old}:  # also what only one of them has, as without `dedup` the other
+        if old.get(name) != new.get(name):
+            return f"begun with {name} {old.get(name)!r} instead of {new.get(name)!r}"
     return ""
 
 

@@ -335,7 +335,7 @@ def _parquet_chunks(path: str, disk: BinaryIO, wanted: Wanted, start: Position, 
                 begin += batch.num_rows
                 if skipped >= batch.num_rows:
                     continue
-                data = _rows(batch.slice(skipped), wanted)
+                data = _rows(path, batch.slice(skipped), wanted)
                 first, row = row + 1, begin
                 text_bytes += sum(len(value or b"") for values in data.values.values() for value in values)
                 if text_bytes > max(FREE_EXPANSION_BYTES, wanted.limits.expansion * size):
@@ -353,6 +353,10 @@ def _parquet_chunks(path: str, disk: BinaryIO, wanted: Wanted, start: Position, 
 def _columns(path: str, schema: Any, wanted: Wanted) -> list[str]:
     import pyarrow
 
+    columns = list(dict.fromkeys([*wanted.keys, *({"id", wanted.language_key} & set(schema.names))]))
+    for name in columns:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: has {schema.names.count(name)} columns '{name}'; write it with one")
     for key in wanted.keys:
         if key not in schema.names:
             raise DataError(f"{path}: column '{key}' is missing; the file has {sorted(schema.names)[:8]}")
@@ -360,14 +364,21 @@ def _columns(path: str, schema: Any, wanted: Wanted) -> list[str]:
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path}: column '{key}' holds {kind}, not strings; name another by --json-keys")
-    return list(dict.fromkeys([*wanted.keys, *({"id", wanted.language_key} & set(schema.names))]))
+    return columns
 
 
-def _rows(batch: Any, wanted: Wanted) -> Rows:
+def _rows(path: str, batch: Any, wanted: Wanted) -> Rows:
     import pyarrow
 
     def column(name: str) -> list[Any]:
-        return batch.column(name).to_pylist() if name in batch.schema.names else []
+        if name not in batch.schema.names:
+            return []
+        array = batch.column(name)
+        try:
+            return array.to_pylist()
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:80]
+            raise DataError(f"{path}: column '{name}' holds {array.type} ({reason}); write it as strings") from None
 
     # As bytes: that they are UTF-8 is for the one to find who says which row is bad.
     values: dict[str, list[bytes | None]] = {}

@@ -16,6 +16,7 @@ TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 MOST_HOLES = 64  # ids to an entry of the vocabulary: real ones leave few out
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
+PROBE = "probe \U0001f600 1"
 # Between a letter and a space, a line's end, an ideographic comma or full stop.
 BORDER = re.compile(r"(?<=[^\W\d_])(?=[ \n，。、])")
 _SPACED = re.compile("[^ĠĊ](Ġ|Ċ|ãĢ|ï¼)")  # the bytes of BORDER's characters as byte-level vocabularies spell them
@@ -108,14 +109,13 @@ class HuggingFaceTokenizer:
         try:
             # In a thread, which has memory of its own: what loading leaves there in small holes, encoding does not get.
             with ThreadPoolExecutor(1) as thread:
-                self._tokenizer = thread.submit(tokenizers.Tokenizer.from_buffer, content).result()
-        except Exception as error:  # the library raises bare Exception, ValueError and its own panics alike
+                self._tokenizer = thread.submit(_load_and_try, content).result()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception, ValueError, and the library's panics, which are no Exception
             hint = "give tokenizer_type SentencePieceTokenizer" if file.suffix == ".model" else "copy it again"
             reason = " ".join(str(error).split())[:120]
             raise TokenizerError(f"{file}: no tokenizer.json or damaged ({reason}); {hint}") from None
-        # Files of sentence encoders carry truncation, which would silently cut documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocab:
             raise TokenizerError(f"{file}: has an empty vocabulary; copy it again")
@@ -185,6 +185,18 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(tokenizer_model)
     raise TokenizerError(f"tokenizer_type '{tokenizer_type}' is unknown; known: {', '.join(TOKENIZER_TYPES)}")
+
+
+def _load_and_try(content: bytes) -> tokenizers.Tokenizer:
+    """A tokenizer that has encoded a text and decoded every id: parts that can do neither load like others."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    # Files of sentence encoders carry truncation, which would silently cut documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for has_special in (False, True):
+        tokenizer.encode(PROBE, add_special_tokens=has_special)
+    tokenizer.decode(list(range(tokenizer.get_vocab_size())), skip_special_tokens=False)
+    return tokenizer
 
 
 def _read(path: Path) -> bytes:

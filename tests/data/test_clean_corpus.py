@@ -174,6 +174,9 @@ def test_a_finished_run_does_nothing_and_another_one_is_refused(inputs: list[str
     (tmp_path / "rules.yaml").write_text("rules: {min_characters: 10}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"begun with rules\.min_characters 50 instead of 10; .*--restart"):
         clean_corpus(inputs, str(out), str(tmp_path / "rules.yaml"), log=quiet)
+    (tmp_path / "dedup.yaml").write_text("dedup: null\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"begun with dedup\.exact True instead of None"):
+        clean_corpus(inputs, str(out), str(tmp_path / "dedup.yaml"), log=quiet)
     with pytest.raises(DataError, match="begun with tasks 3 instead of 2"):
         clean_corpus(inputs, str(out), tasks=2, log=quiet)
     with pytest.raises(DataError, match="begun with 3 inputs instead of 2"):
@@ -397,6 +400,13 @@ def test_invented_languages_do_not_fill_the_memory() -> None:
         ledger.remove(f"x-{n}", Verdict("language not wanted", ""), f"text {n}", {})
     assert len(ledger.languages) <= 1001 and len(ledger.samples()["language not wanted"]) <= 1002
     assert sum(tally.removed["language not wanted"].documents for tally in ledger.languages.values()) == 3000
+
+
+def test_a_file_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.jsonl")
+    write(Path(path), [document("en", n) for n in range(3)])
+    clean_corpus([path], str(tmp_path / "out"), log=quiet)
+    assert len(kept(tmp_path / "out")["en"]) == 3
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, inputs: list[str], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megapoly.data.clean.personal_data import (
@@ -108,6 +108,8 @@ KNOWN = st.sampled_from(
 
 @settings(max_examples=600, deadline=None)
 @given(st.lists(NOISE | KNOWN, max_size=6), st.sampled_from(["ko", "en", "zh"]))
+@example(["00000.00.00+100000000"], "ko")
+@example(["은행 12-34-567가00-00-00"], "ko")
 def test_replacing_twice_equals_once(parts: list[str], language: str) -> None:
     once = replaced("".join(parts), language)
     assert replaced(once, language) == once
@@ -115,7 +117,8 @@ def test_replacing_twice_equals_once(parts: list[str], language: str) -> None:
 
 @pytest.mark.parametrize("hostile", ["1" * 200_000, "1-" * 100_000, "(0" * 100_000, "a@" * 100_000, "a." * 100_000,
                                      "+1 " * 70_000, "x@" + "a." * 100_000, "2001:" * 40_000, "AB12 " * 40_000,
-                                     "00 " * 70_000, "은행" * 60_000 + "1-", "1.1." * 50_000])  # fmt: skip
+                                     "00 " * 70_000, "은행" * 60_000 + "1-", "1.1." * 50_000,
+                                     f"+{'1' * 40} " * 5_000, f"00{'1' * 40}\n" * 5_000])  # fmt: skip
 def test_hostile_text_costs_no_more_than_its_length(hostile: str) -> None:
     begin = time.process_time()
     replaced(hostile)

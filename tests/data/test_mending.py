@@ -4,8 +4,10 @@ import itertools
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -141,17 +143,61 @@ def test_a_whole_dataset_is_not_changed(tmp_path: Path) -> None:
     assert before == [Path(f"{tmp_path}/a{kind}").read_bytes() for kind in (".bin", ".idx")]
 
 
-def test_tokens_beyond_the_index_and_false_lengths_are_cut_off(tmp_path: Path) -> None:
+def test_tokens_beyond_the_index_are_cut_off(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2], [3], [4, 5, 6]])
     with open(tmp_path / "a.bin", "ab") as file:
         file.write(b"\x01\x00\x02")
     told = repair(str(tmp_path / "a"))
     assert (told.documents, told.cut_bytes) == (3, 3)
+
+
+@given(texts, st.data())
+@settings(max_examples=150, deadline=None)
+def test_one_false_bit_in_the_index_costs_no_document_but_the_last(
+    folder: Path, documents: list[list[int]], data: st.DataObject
+) -> None:
+    prefix = fresh(folder, "flipped")
+    whole = write(prefix, documents)
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(index) - 1))
+    index[bit // 8] ^= 1 << bit % 8
+    Path(f"{prefix}.idx").write_bytes(index)
+    before = Path(f"{prefix}.bin").read_bytes()
+    try:
+        repair(str(prefix))
+    except DataError:
+        assert Path(f"{prefix}.bin").read_bytes() == before and Path(f"{prefix}.idx").read_bytes() == index
+        return
+    kept = [document for document in read(prefix) if document]  # a false number of sequences may add empty ones
+    assert kept in (whole, whole[:-1])  # no offset tells where the last one ends
+
+
+@pytest.mark.parametrize(
+    ("at", "layout", "wrong"),
+    [(HEADER.size + 3, "B", 0x40), (HEADER.size + 4 * 50, "<i", -2), (18, "<Q", 36)],
+    ids=["too long", "negative", "too few"],
+)
+def test_an_index_that_is_false_in_its_midst_is_refused(tmp_path: Path, at: int, layout: str, wrong: int) -> None:
+    whole = write(tmp_path / "a", [list(range(9, 18))] * 100)
     index = bytearray((tmp_path / "a.idx").read_bytes())
-    index[HEADER.size + 4 : HEADER.size + 8] = (-2).to_bytes(4, "little", signed=True)
+    struct.pack_into(layout, index, at, wrong)
     (tmp_path / "a.idx").write_bytes(index)
-    repair(str(tmp_path / "a"))
-    assert read(tmp_path / "a") == [[1, 2, EOD]]
+    with pytest.raises(
+        DataError, match=r"a\.idx: contradicts itself and the 2000 bytes .* nothing was cut off; copy it"
+    ):
+        repair(str(tmp_path / "a"))
+    (tmp_path / "a.idx").unlink()
+    assert repair(str(tmp_path / "a"), U16, EOD).cut_bytes == 0
+    assert read(tmp_path / "a") == whole
+
+
+def test_offsets_that_are_false_are_made_again_from_lengths_that_the_tokens_confirm(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a", [[1, 2], [3], [4, 5, 6]])
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    struct.pack_into("<q", index, HEADER.size + 4 * 3 + 8, 2)
+    (tmp_path / "a.idx").write_bytes(index)
+    assert repair(str(tmp_path / "a")).cut_bytes == 0
+    assert read(tmp_path / "a") == whole
 
 
 @pytest.mark.parametrize(("at", "wrong"), [(-8, 5), (-16, 9), (-32, 1)])
@@ -222,6 +268,16 @@ def test_stretches_lie_evenly_and_ids_are_checked(tmp_path: Path, monkeypatch: p
         inspect(str(tmp_path / "a"), vocab_size=5)
 
 
+def test_an_id_beyond_any_vocabulary_takes_no_memory(tmp_path: Path) -> None:
+    np.array([5, 2**31 - 1], "<i4").tofile(tmp_path / "a.bin")
+    write_index(f"{tmp_path}/a.idx", np.dtype("<i4"), [(np.array([2]), np.array([0, 1]))])
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.bin: has the id 2147483647, beyond any vocabulary; give its tokenizer"):
+        inspect(str(tmp_path / "a"))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents in two languages, and their tokenizer."""
@@ -280,6 +336,8 @@ def test_the_tools(spoken: Path, tmp_path: Path) -> None:
     (tmp_path / "m.idx").unlink()
     assert tool("inspect_data", str(tmp_path / "m"), "--repair").returncode == 2
     assert "mended: 6 documents" in tool("inspect_data", str(tmp_path / "m"), "--repair", *tokenizer).stdout
+    for flag in ("--samples", "--frequent", "--identify", "--max-tokens"):
+        assert f"error: {flag} (-1) must not be negative" in tool("inspect_data", prefix, flag, "-1").stderr
     for wrong in (["--samples"], [str(tmp_path / "none")], [prefix, "--languages", "en"], [prefix, *tokenizer[:2]]):
         refused = tool("inspect_data", *wrong)
         assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1

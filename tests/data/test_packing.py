@@ -457,6 +457,19 @@ def test_packed_sets_of_one_length_are_merged_to_one(tmp_path: Path) -> None:
     assert read_note(str(tmp_path / "m")) is None and not list(tmp_path.glob("*tmp*"))
 
 
+def test_a_packed_set_opens_at_no_moment_without_its_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (packed_pair(tmp_path / name, lengths, 11)[0] for name, lengths in (("a", [30, 3]), ("b", [7, 5])))
+    rename, seen = os.replace, list[list[bool]]()
+
+    def watched(old: str, new: str) -> None:  # where a kill may come
+        rename(old, new)
+        seen.append([Path(f"{tmp_path}/m{kind}").exists() for kind in (".idx", ".pack.json")])
+
+    monkeypatch.setattr(os, "replace", watched)
+    merge([a, b], str(tmp_path / "m"))
+    assert seen[-1] == [True, True] and [True, False] not in seen
+
+
 def test_what_is_left_of_a_packed_set_is_one(tmp_path: Path) -> None:
     prefix, rows = packed_pair(tmp_path / "a", [3, 7, 8, 12, 5, 2, 9, 30], 11)
     tokens = Path(f"{prefix}.bin")

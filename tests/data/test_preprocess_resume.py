@@ -293,6 +293,17 @@ def test_changed_inputs_and_flags_are_refused_with_the_difference(
     assert content(folder) == content(tmp_path / "whole")
 
 
+def test_an_option_that_only_one_of_two_runs_has_is_a_difference(tmp_path: Path) -> None:
+    runs: list[dict[str, Any]] = [{"tasks": 3, "dedup.rows": 6}, {"tasks": 3, "dedup": None}]
+    for old, new, words in ((*runs, "dedup.rows 6 instead of None"), (*runs[::-1], "dedup.rows None instead of 6")):
+        workspace = resume.Workspace(str(tmp_path / "p"))
+        workspace.begin(old, [], restart=True)
+        workspace.save({"options": old, "inputs": []})
+        with pytest.raises(DataError, match=f"begun with {words}"):
+            workspace.begin(new, [], restart=False)
+        assert workspace.begin(old, [], restart=False) is not None
+
+
 def test_another_tokenizer_is_refused_and_skipping_bad_lines_is_not(
     tmp_path: Path, model: str, inputs: list[str]
 ) -> None:
@@ -335,6 +346,10 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(
     ):
         run(inputs, folder, model)
     assert os.listdir(folder) == []
+    (folder / "p.partial").mkdir()  # of a run that has no checkpoint yet, over other keys
+    with only_writer([str(folder / "p")]), pytest.raises(DataError, match=r"/p: is being written by process"):
+        run(inputs, folder, model)
+    assert (folder / "p.partial").is_dir()
     interrupt(inputs, folder, model)
     assert (folder / "p_text_document.lock").exists()
     run(inputs, folder, model)

@@ -142,12 +142,14 @@ def test_steps_that_a_rollback_left_out_are_named_and_in_no_share() -> None:
     assert _of_stage(plan(), 1, steps_of(rows))[0]["ko"] == pytest.approx(0.9 * rising, abs=0.01)
 
 
-def test_a_stage_that_is_left_out_as_a_whole_has_no_shares() -> None:
+def test_a_stage_that_is_left_out_as_a_whole_has_no_shares(tmp_path: Path) -> None:
     rows = rows_of(plan())
     leave_out(rows, range(1, 22))
     first = share_report(plan(), steps_of(rows))["stages"][0]
     assert (first["samples"], first["steps"], first["languages"], first["non_english_share"]) == (0, 0, [], 0.0)
     assert first["left_out_samples"] == 1008
+    draw_png(plan(), str(tmp_path / "run.png"), steps_of(rows))
+    assert (tmp_path / "run.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_the_table_says_what_the_report_says() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapoly.data import text_input
-from megapoly.data.documents import BadLine, Document, documents_of
+from megapoly.data.documents import BadLine, Document, documents_of, read_documents
 from megapoly.data.text_input import Chunk, Limits, Position, Wanted, describe_input, expand_inputs, read_chunks
 from megapoly.errors import DataError
 
@@ -125,6 +125,33 @@ def test_rows_of_parquet_that_are_no_text_are_counted(tmp_path: Path) -> None:
     for columns, words in (({"body": ["a"]}, "column 'text' is missing"), ({"text": [1]}, "holds int64, not strings")):
         with pytest.raises(DataError, match=words):
             list(read_chunks([parquet(tmp_path / "b.parquet", columns)], WANTED))
+
+
+def test_parquet_is_read_as_lines_are(tmp_path: Path) -> None:
+    records = [{"text": "a", "id": "7", "lang": "ko"}, {"text": "b", "id": "b"}]
+    columns = {"text": ["a", "b"], "id": ["7", None], "lang": ["ko", None], "more": [1, 2]}
+    assert list(read_documents([parquet(tmp_path / "a.parquet", columns)])) == records
+    with pytest.raises(DataError, match=r"b\.parquet, line 2: column 'text' is null"):
+        list(read_documents([parquet(tmp_path / "b.parquet", {"text": ["a", None]})]))
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "message"),
+    [
+        (["text", "text"], pa.array(["b"]), "has 2 columns 'text'; write it with one"),
+        (["text", "id", "id"], pa.array(["b"]), "has 2 columns 'id'; write it with one"),
+        (
+            ["text", "id"],
+            pa.array([1], pa.timestamp("ns")),
+            r"column 'id' holds timestamp\[ns\] .*; write it as strings",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named(tmp_path: Path, names: list[str], more: Any, message: str) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), *[more] * (len(names) - 1)], names=names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet: {message}"):
+        list(read_chunks([str(tmp_path / "a.parquet")], WANTED))
 
 
 def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:

@@ -225,6 +225,37 @@ def test_damage_ends_in_one_line(folder: Path, tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr().err == ""
 
 
+SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+PLAIN: dict[str, Any] = {
+    "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
+    "post_processor": None, "decoder": None, "added_tokens": [{"id": 0, "content": "</s>", **SPECIAL}],
+    "model": {"type": "BPE", "vocab": {"</s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
+}  # fmt: skip
+SECOND_TEXT = {
+    "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "YWJj"}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"post_processor": SECOND_TEXT},
+        {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 99}},
+        {"model": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "[UNK]"}},
+    ],
+    ids=["charsmap", "no length", "second text", "strip", "no unknown entry"],
+)
+def test_parts_that_load_and_cannot_be_used_are_refused(tmp_path: Path, part: dict[str, Any]) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(PLAIN | part))
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json or damaged \(.+\); copy it again"):
+        load_tokenizer(HF, str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(PLAIN))
+    assert load_tokenizer(HF, str(tmp_path)).encode("ab") == [3]
+
+
 def test_the_end_of_document_comes_from_the_files_beside(folder: Path, tmp_path: Path) -> None:
     words = json.loads((folder / "hf" / "tokenizer.json").read_text())
     words["added_tokens"][0]["content"] = "<|stop|>"

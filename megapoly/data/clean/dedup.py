@@ -8,7 +8,8 @@ clusters    one task joins the pairs to clusters, keeps one document of each and
 Two documents whose n-grams have the Jaccard similarity J share a band, and so a cluster, with the probability
 1 - (1 - J^rows)^bands (Broder, "On the resemblance and containment of documents", 1997; Leskovec, Rajaraman, Ullman,
 "Mining of Massive Datasets", ch. 3). The longest text of a cluster stays, of equally long ones the one with the
-smaller hash: which texts remain depends on neither the number of tasks nor their order.
+smaller hash: which texts remain depends on neither the number of tasks nor their order. Which of two copies that differ
+in nothing but whitespace or form does: the first one of the first task that has one.
 """
 
 import hashlib

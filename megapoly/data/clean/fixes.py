@@ -110,7 +110,7 @@ class TextFixer:
 
 
 def fix_newlines(text: str) -> str:
-    """All that is done to code: newlines of one kind, no byte order mark and no NUL."""
+    """All that is done to code: newlines of one kind, no U+FEFF (byte order mark) and no NUL."""
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").replace("\0", "")
 
 

@@ -46,11 +46,13 @@ _NUMBER = re.compile(
     + _AFTER,
     re.VERBOSE,
 )
-_ABROAD = re.compile(r"(?<![\w+])(?:\+|00)[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,5}\)?){1,6}" + _AFTER, re.ASCII)
+# {1,5}+: digits that are given back to be split otherwise would be split in every way.
+# (?<!\|>), (?!\|>): what a token stands for held digits, over which nothing reached when they were there.
+_ABROAD = re.compile(r"(?<![\w+])(?<!\|>)(?:\+|00)[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,5}+\)?){1,6}" + _AFTER, re.ASCII)
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:]|\.[0-9])")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?:[ ]?[A-Z0-9]{4}){2,7}(?:[ ]?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _BANK = re.compile(
-    r"(?P<word>(?:계좌|은행|입금|예금주)[^\n0-9]{0,20})(?P<number>[0-9]{2,6}-[0-9]{2,6}-[0-9]{2,8}(?:-[0-9]{1,3})?)"
+    r"(?P<word>(?:계좌|은행|입금|예금주)(?:(?!\|>)[^\n0-9]){0,20})(?P<number>[0-9]{2,6}-[0-9]{2,6}-[0-9]{2,8}(?:-[0-9]{1,3})?)"
     + _AFTER
 )
 # What makes a number that follows something else than a person's.
@@ -125,7 +127,7 @@ def _kind(match: re.Match[str], language: str) -> str | None:
     if match["resident"]:
         return "resident_number" if is_resident_number(number) else None
     if match["citizen"]:
-        return "resident_number" if is_citizen_number(number) else "card" if is_card(number) else None
+        return "resident_number" if is_citizen_number(number) else None
     if match["card"]:
         return "card" if is_card(number) else None
     if match["ip"]:

@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from megapoly.config import build, nearest
 from megapoly.data.clean.dedup import DedupSettings
 from megapoly.data.corpus import LANGUAGES, TWO_LETTERS
@@ -15,6 +17,7 @@ from megapoly.errors import ConfigError
 from megapoly.yaml12 import parse_yaml
 
 CODE = "code"
+MOST_REPEATS = 1_000_000  # far below what a pattern can count to
 
 
 SHARES = (
@@ -189,6 +192,13 @@ def _refuse_outside(value: float, most: float, what: str) -> None:
         raise ConfigError(f"{what} is {value:g}; it {limits}")
 
 
+def _refuse_unknown_script(name: str, what: str) -> None:
+    try:
+        regex.compile(rf"[\p{{{name}}}]")
+    except regex.error:
+        raise ConfigError(f"{what}: '{name}' is no script of Unicode, such as Latin, Hangul or Han") from None
+
+
 def _check(settings: Settings, where: str) -> None:
     allowed = settings.languages.allowed
     if not allowed:
@@ -209,6 +219,8 @@ def _check(settings: Settings, where: str) -> None:
         if 0 < rules.max_characters < rules.min_characters:
             raise ConfigError(f"{where}: max_characters ({rules.max_characters}) of {language} is below its "
                               f"min_characters ({rules.min_characters}): nothing would stay")  # fmt: skip
+        for name in rules.scripts:
+            _refuse_unknown_script(name, f"{where}: scripts of {language}")
         for key in ("top_ngrams", "duplicate_ngrams"):
             for pair in getattr(rules, key):
                 if len(pair) != 2 or pair[0] < 2 or pair[0] != int(pair[0]):
@@ -217,5 +229,8 @@ def _check(settings: Settings, where: str) -> None:
     for kind, token in dataclasses.asdict(settings.personal_data).items():
         if token is not None and re.search("[0-9@]", token):
             raise ConfigError(f"{where}: personal_data.{kind} '{token}' holds a digit or @ and would be found itself")
-    if settings.fixes.emoticon_repeats < 0 or settings.samples < 0:
-        raise ConfigError(f"{where}: fixes.emoticon_repeats and samples must not be negative")
+    for name in ("longest_token", "emoticon_repeats", "most_blank_lines"):
+        if not 0 <= getattr(settings.fixes, name) <= MOST_REPEATS:
+            raise ConfigError(f"{where}: fixes.{name} must lie between 0 and {MOST_REPEATS}")
+    if settings.samples < 0:
+        raise ConfigError(f"{where}: samples must not be negative")

@@ -37,6 +37,7 @@ class CleanDocuments(PipelineStep):
         """Documents with text and language; raises DataError for a bad line unless those are passed over."""
         clean, ledger = Cleaner(self.settings), Ledger(self.settings.samples)
         for path, share, shares in dealt(self.inputs, rank, world_size):
+            name = os.fsencode(path).decode("utf-8", "replace")  # a name of a file may be no text
             for number, chunk in enumerate(read_chunks([path], self.wanted)):
                 if number % shares != share:
                     continue
@@ -46,7 +47,7 @@ class CleanDocuments(PipelineStep):
                         continue
                     document = self._cleaned(found, clean, ledger)
                     if document is not None:
-                        document.id = f"{path}:{line}"
+                        document.id = f"{name}:{line}"
                         yield document
         ledger.save(self.ledgers / f"{rank:05d}.json")
 
