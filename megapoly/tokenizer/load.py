@@ -16,7 +16,7 @@ TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 MOST_HOLES = 64  # ids to an entry of the vocabulary: real ones leave few out
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
-PROBE = "probe \U0001f600 1"
+PROBE, TRIED_IDS = "probe \U0001f600 1", 2048
 # Between a letter and a space, a line's end, an ideographic comma or full stop.
 BORDER = re.compile(r"(?<=[^\W\d_])(?=[ \n，。、])")
 _SPACED = re.compile("[^ĠĊ](Ġ|Ċ|ãĢ|ï¼)")  # the bytes of BORDER's characters as byte-level vocabularies spell them
@@ -188,14 +188,14 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:
 
 
 def _load_and_try(content: bytes) -> tokenizers.Tokenizer:
-    """A tokenizer that has encoded a text and decoded every id: parts that can do neither load like others."""
+    """A tokenizer that has encoded a text and decoded ids: parts that can do neither load like others."""
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
     # Files of sentence encoders carry truncation, which would silently cut documents.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for has_special in (False, True):
         tokenizer.encode(PROBE, add_special_tokens=has_special)
-    tokenizer.decode(list(range(tokenizer.get_vocab_size())), skip_special_tokens=False)
+    tokenizer.decode(list(range(min(tokenizer.get_vocab_size(), TRIED_IDS))), skip_special_tokens=False)
     return tokenizer
 
 
