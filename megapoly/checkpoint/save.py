@@ -8,6 +8,7 @@ all are at the same place, before the next save and at the end of the run, and n
 (`wait`). So no order of events can make ranks wait for each other, and a rank that dies leaves a temporary folder.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -327,7 +328,8 @@ class Saver:
 
     def _warn(self, text: str) -> None:
         line = f"warning: rank {self.mesh.world.rank}: {text}\n"
-        print(line, end="", file=sys.stderr, flush=True)  # in one piece: other ranks write to the same place
+        with contextlib.suppress(OSError):  # a log that cannot be written costs no save
+            print(line, end="", file=sys.stderr, flush=True)  # in one piece: other ranks write to the same place
 
 
 class _AbandonedError(Exception):
