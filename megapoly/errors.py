@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import select
 import signal
@@ -110,6 +111,8 @@ def exit_on_error(
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in a message may be no Unicode
         try:
             main(*args, **kwargs)
             _flush(is_logged)

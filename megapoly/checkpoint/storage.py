@@ -31,6 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 MOST_JSON = 128 << 20  # bytes of metadata.json or state.json: parsed, they may take twenty times as much memory
 MOST_CHUNKS = 1 << 15  # of a tensor: a rank writes up to three of a matrix, and comparing all takes the square
+MOST_DIMENSIONS = 8  # the product of many sizes has as many digits
 _COMPARED = 256
 _BLOCK = 1 << 20
 
@@ -114,6 +115,8 @@ def tensor_record(entry: Any) -> TensorRecord:
     Raises ValueError.
     """
     shape, dtype = _sizes(entry["shape"]), entry["dtype"]
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions are more than {MOST_DIMENSIONS}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"type {str(dtype)[:40]!r} is not {' or '.join(DTYPES)}")
     if len(entry["chunks"]) > MOST_CHUNKS:
@@ -192,7 +195,10 @@ def read_contents(folder: Path) -> Contents:
     except ValueError as error:
         raise CheckpointError(f"{path}: {where}cannot be: {error}") from None
     for name, record in files.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        try:
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        except OSError as error:
+            raise unreadable(folder / name, error) from None
         if found != record.size:
             held = "missing" if found is None else f"cut off or longer, with a size of {found:,} B"
             raise DamageError(f"{folder / name}: {held}; metadata.json says {record.size:,} B")

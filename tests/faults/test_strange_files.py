@@ -168,6 +168,33 @@ def test_verify_all_misses_a_folder_that_latest_names(root: Path) -> None:
     assert [len(found) for found in problems] == [1, 0, 0] and "step_00000003" in problems[0][0]
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "\udc80", "\ud800"])
+def test_names_of_files_that_a_disk_cannot_have_are_damage(name: str, root: Path) -> None:
+    folder = root / "step_00000003"
+    files = json.loads((folder / "metadata.json").read_text())["files"]
+    reseal(folder, {"files": files | {name: [1, 0, 1]}})
+    assert start_of(root)[0] == 2
+    for status, words in ((0, ("list", root)), (2, ("verify", root, "--all"))):
+        found, lines = tool(*words)
+        assert found == status and ["DAMAGED" in line for line in lines] == [True, False, False]
+    if name == "\udc80":  # a byte that is no UTF-8, of a file that is there and has another checksum
+        (folder / name).write_bytes(b"x")
+        assert tool("show", folder)[0] == 0
+        cfg = tiny_config(root.parents[1], "gpt2", 3, num_layers=1)
+        run_to_end(single_process_mesh(), cfg)
+        assert "DAMAGED" not in tool("list", root)[1][0]
+
+
+def test_names_of_tensors_that_are_no_unicode_are_shown(root: Path) -> None:
+    folder = root / "step_00000003"
+    tree = json.loads((folder / "metadata.json").read_text())
+    _, _, begin = tree["files"]["shard_00000.safetensors"]
+    empty = {"dtype": "float32", "shape": [0], "chunks": [[[0], [0], "shard_00000.safetensors", begin, 0]]}
+    reseal(folder, {"tensors": tree["tensors"] | {"\ud800x": empty}})
+    status, lines = tool("show", folder)
+    assert status == 0 and r"  \ud800x  (0,) float32, 1 chunks" in lines
+
+
 @pytest.mark.parametrize("layout", [3, None, [], {"tp": []}])
 def test_a_run_is_listed_whatever_a_layout_is(layout: object, root: Path) -> None:
     path = root / "step_00000003/state.json"
