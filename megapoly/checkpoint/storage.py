@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from megapoly.checkpoint.folders import SHARD
-from megapoly.checkpoint.small_files import read_small, unreadable
 from megapoly.errors import CheckpointError, DamageError
+from megapoly.files import read_small
 
 FORMAT = "megapoly-checkpoint-2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,6 +44,14 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What it means that a file of a checkpoint cannot be read: damage, unless this user alone may not read it."""
+    text = f"{path}: cannot be read: {error.strerror}"
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"{text}; let this user read it, or start as the one who wrote it")
+    return DamageError(text)
 
 
 def _read_json_bytes(path: Path) -> bytes:

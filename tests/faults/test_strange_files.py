@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import refuses
+from hostile import little_memory, refuses
 from tiny_runs import reseal, run_to_end, tiny_config, tiny_prepared
 
 from megapoly.checkpoint.folders import LATEST, find_folders, read_latest
@@ -21,6 +21,7 @@ from megapoly.checkpoint.rollbacks import NAME, read_rollbacks
 from megapoly.checkpoint.storage import FORMAT, read_contents
 from megapoly.errors import CheckpointError, DamageError
 from megapoly.parallel.mesh import single_process_mesh
+from megapoly.tokenizer.load import load_tokenizer
 from megapoly.train.prepare import with_start
 
 TOOL = Path(__file__).parents[2] / "tools/checkpoint.py"
@@ -132,6 +133,29 @@ def test_a_forged_size_of_a_sparse_file_takes_no_memory(root: Path) -> None:
     files = json.loads((folder / "metadata.json").read_text())["files"]
     reseal(folder, {"files": files | {"tokenizer.model": [2 * 2**30, 1, 2 * 2**30]}})
     assert "tokenizer.model: its checksum does not fit" in refuses(lambda: CheckpointReader.at(folder).tokenizer_path)
+
+
+def test_a_chunk_of_holes_beyond_the_memory_is_named(root: Path) -> None:
+    folder, size = root / "step_00000003", 40 * 10**9
+    sparse(folder / "shard_00077.safetensors")
+    tree = json.loads((folder / "metadata.json").read_text())
+    chunk = [[0], [size // 4], "shard_00077.safetensors", 0, 0]
+    record = {"dtype": "float32", "shape": [size // 4], "chunks": [chunk]}
+    files = tree["files"] | {"shard_00077.safetensors": [size, 0, 0]}
+    reseal(folder, {"files": files, "tensors": tree["tensors"] | {"z": record}})
+    with little_memory():
+        (problem,) = verify(folder)
+    assert "shard_00077.safetensors: 'z' at (0,) has 40,000,000,000 bytes, more than this host" in problem
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [pipe, endless, sparse, folder])
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_tokenizers_that_are_no_files_of_a_tokenizer(kind: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    make(path)
+    message = refuses(lambda: load_tokenizer(kind, str(path)))
+    assert message.startswith(f"{path}") and "tokenizer_model" in message
 
 
 # --------------------------------------------------------------------------------------------------------- the tool
