@@ -201,7 +201,7 @@ class CheckpointReader:
     def tokenizer_path(self) -> Path | None:
         """The tokenizer that was saved with it: a file (SentencePiece), or the folder that has its tokenizer.json."""
         for name in self.contents.files:
-            if name.startswith(("tokenizer", "special_tokens")):
+            if name.startswith(("tokenizer", "special_tokens", "chat_template")):
                 check_beginning(self.folder, name, self.contents.files[name])
         if "tokenizer.model" in self.contents.files:
             return self.folder / "tokenizer.model"

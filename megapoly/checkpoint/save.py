@@ -42,6 +42,7 @@ INTERVAL = 0.05  # seconds between two looks at what others have done
 VISIBLE_SECONDS = 120.0  # within which a file that one host wrote is seen by another
 LINGER_SECONDS = 60.0  # how long an error waits for the save under way
 REMINDER_SECONDS = 60.0  # between two lines about a save that the run waits for
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # a tokenizer.json
 
 
 class HostCopy:
@@ -360,7 +361,7 @@ def _files_of(tokenizer: Tokenizer | None) -> dict[str, bytes]:
         return {"tokenizer.model": _tokenizer_file(path)}
     home = path if path.is_dir() else path.parent
     whole = home / "tokenizer.json" if path.is_dir() else path
-    extra = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if (home / name).is_file()]
+    extra = [name for name in BESIDE if (home / name).is_file()]
     return {"tokenizer.json": _tokenizer_file(whole)} | {name: _tokenizer_file(home / name) for name in extra}
 
 

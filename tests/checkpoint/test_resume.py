@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from ranks import run_ranks
-from tiny_runs import run_to_end, tiny_config, tiny_prepared, whole_state
+from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_prepared, whole_state
+from tokenizers import models
 
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint, load_checkpoint
 from megapoly.data.realised import without_times
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, DamageError
 from megapoly.generate.sample import load_model
+from megapoly.hf.tokenizer import write_tokenizer
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
+from megapoly.tokenizer.load import load_tokenizer
 from megapoly.train.loop import make_saver
 from megapoly.train.setup import build_run
 
@@ -219,3 +223,24 @@ def test_checkpoints_hold_the_tokenizer_that_the_run_began_with(tmp_path: Path) 
     for step in (1, 2, 3):
         found = CheckpointReader.at(tmp_path / f"run/checkpoints/step_0000000{step}").tokenizer_path
         assert found is not None and found.read_bytes() == b"pieces"
+
+
+def test_a_tokenizers_chat_template_goes_through_a_checkpoint_into_an_export(tmp_path: Path) -> None:
+    home, exported = tmp_path / "tokenizer", tmp_path / "exported"
+    home.mkdir()
+    exported.mkdir()
+    vocabulary = models.WordLevel({"</s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizers.Tokenizer(vocabulary).save(str(home / "tokenizer.json"))
+    (home / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(home))
+    prepared = dataclasses.replace(tiny_prepared(tiny_config(tmp_path, "gpt2", 2)), tokenizer=tokenizer)
+    run = build_run(prepared, single_process_mesh())
+    saver = make_saver(run)
+    saver.save(1, run.checkpoint_state(1))
+    saver.wait()
+    reader = CheckpointReader.open(tmp_path / "run")
+    write_tokenizer(load_tokenizer("HuggingFaceTokenizer", str(reader.tokenizer_path)), exported, VOCAB, 16)
+    assert (exported / "chat_template.jinja").read_text() == "{{ messages }}"
+    (reader.folder / "chat_template.jinja").write_text("{{ damaged  }}"[:14])
+    with pytest.raises(DamageError, match="chat_template.jinja: its checksum does not fit"):
+        _ = reader.tokenizer_path
