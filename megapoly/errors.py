@@ -1,6 +1,8 @@
 """The mistakes of a user, and how a program ends on one: a single line that names the file, the value and the fix."""
 
+import contextlib
 import functools
+import io
 import os
 import select
 import signal
@@ -69,12 +71,25 @@ def _let_the_speaker_finish(status: int) -> None:
     time.sleep(SPEAKER_SECONDS)
 
 
-def _flush() -> None:
-    """Print what is left to print; where its reader has gone (`| head`), end silently, as other commands do."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os._exit(UNREAD_STATUS)
+def _flush(is_logged: bool) -> None:
+    """Print what is left to print; where its reader has gone (`| head`), end silently, as other commands do.
+
+    What a log does not take, of a full disk, is thrown away: at the exit of Python it would change the status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if stream is sys.stdout and isinstance(error, BrokenPipeError):
+                os._exit(UNREAD_STATUS)
+            if not is_logged:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # a log that cannot be written must not change the status
+        print(line, file=sys.stderr, flush=True)
 
 
 def is_read() -> bool:
@@ -84,36 +99,41 @@ def is_read() -> bool:
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def exit_on_error(main: Callable[..., None], speaks: Callable[[], bool] = lambda: True) -> Callable[..., None]:
+def exit_on_error(
+    main: Callable[..., None], speaks: Callable[[], bool] = lambda: True, is_logged: bool = False
+) -> Callable[..., None]:
     """Wrap an entry point: a MegapolyError ends in one line on stderr and its status, 2 mostly, without a traceback.
 
     `speaks` tells, when an error comes, whether this process prints it: what all siblings find alike, one of them says,
-    and an Echo nobody. Where nobody reads stdout any more (`| head`) it ends in silence. Ctrl-C ends it with the word
-    "interrupted" and by SIGINT itself, on which a shell's loop stops.
+    and an Echo nobody. Where nobody reads stdout any more (`| head`) it ends in silence. With `is_logged`, lines that a
+    full disk does not take cost nothing but themselves. Ctrl-C ends it with the word "interrupted" and by SIGINT
+    itself, on which a shell's loop stops.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in a message may be no Unicode
         try:
             main(*args, **kwargs)
-            _flush()
+            _flush(is_logged)
         except SystemExit:
-            _flush()
+            _flush(is_logged)
             raise
         except BrokenPipeError:
             if is_read():  # it is another pipe that broke
                 raise
             os._exit(UNREAD_STATUS)
         except KeyboardInterrupt:
-            _flush()
+            _flush(is_logged)
             if speaks():
-                print("interrupted", file=sys.stderr, flush=True)
+                _tell("interrupted")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         except MegapolyError as error:
-            _flush()
+            _flush(is_logged)
             if speaks() and not isinstance(error, Echo):
-                print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+                _tell("error: " + " ".join(str(error).split()))
             else:
                 _let_the_speaker_finish(error.status)
             # os._exit: a half-built process group must not keep the worker alive in its destructors.

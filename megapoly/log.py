@@ -15,19 +15,26 @@ class Console:
     def say(self, text: str = "") -> None:
         """A lasting line."""
         if self.is_main:
-            if self._line_is_open:
-                print()
-                self._line_is_open = False
-            print(text, flush=True)
+            line, self._line_is_open = "\n" * self._line_is_open + text, False
+            _print(line)
 
     def progress(self, text: str) -> None:
         """The state of the run: overwrites the last progress on a terminal, a line of its own elsewhere."""
         if self._is_live:
             width = shutil.get_terminal_size().columns  # a longer line would wrap, and only its end be overwritten
-            print(f"\r\x1b[2K{text[: width - 1]}", end="", flush=True)
+            _print(f"\r\x1b[2K{text[: width - 1]}", end="")
             self._line_is_open = True
         elif self.is_main:
-            print(text, flush=True)
+            _print(text)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:  # a full disk under the log costs its lines, not the run
+        pass
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,10 @@
 """How a program ends: by a line and a status, by the signal of Ctrl-C, in silence where nobody reads."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ def main():
     {body}
 exit_on_error(main)()
 """
+LOGGED = PROGRAM.replace("(main)()", "(main, is_logged=True)()").replace("print(", "Console(True).say(")
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,26 @@ def test_a_program_that_nobody_reads_ends_in_silence() -> None:
         program.stdout.close()
         assert program.stderr.read() == b""
         assert program.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("print('what waits')", 0),
+        ("sys.exit(75)", 75),
+        ("raise ConfigError('a.yaml: lr is -1')", 2),
+        ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+    ],
+)
+def test_a_full_disk_under_the_log_does_not_change_the_status(body: str, status: int) -> None:
+    program = "from megapoly.log import Console\n" + LOGGED.format(body=body)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # so that there is something left to write at the end
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, env=env, timeout=60)
+    assert done.returncode == status
+
+
+def test_a_tool_whose_output_a_full_disk_does_not_take_fails() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", PROGRAM.format(body="pass")], stdout=full, timeout=60)
+    assert done.returncode not in (0, 2, 75)

@@ -1,5 +1,8 @@
 """What a person sees: a live line on a terminal, plain lines elsewhere, nothing from other ranks."""
 
+import errno
+import io
+
 import pytest
 
 from megapoly.log import Console, duration
@@ -24,6 +27,31 @@ def test_a_terminal_gets_one_live_line_no_wider_than_it_is(
     console.progress("step 2")
     console.say("saved")
     assert capsys.readouterr().out == "\r\x1b[2Kstep 1 of\r\x1b[2Kstep 2\nsaved\n"
+
+
+class Full(io.TextIOBase):
+    """Where nothing can be written."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def write(self, _: str) -> int:
+        raise OSError(self.number, "")
+
+
+def test_a_log_that_cannot_be_written_costs_its_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(is_main=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Full(errno.ENOSPC))
+        console.progress("step 1")
+        console.say("saved")
+        patch.setattr("sys.stdout", Full(errno.EPIPE))  # whose reader has gone: the program ends, as others do
+        with pytest.raises(BrokenPipeError):
+            console.say("nobody reads this")
+    console.say("step 2")
+    assert capsys.readouterr().out == "step 2\n"
 
 
 def test_durations() -> None:

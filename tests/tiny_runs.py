@@ -19,7 +19,7 @@ from megapoly.data.indexed import IndexedDatasetWriter, TokenStream
 from megapoly.parallel.mesh import Mesh
 from megapoly.sections import Config, ModelConfig
 from megapoly.train.loop import train
-from megapoly.train.prepare import Prepared, resolve, run_length, with_start
+from megapoly.train.prepare import Prepared, hashes_of_data, resolve, run_length, with_start
 from megapoly.train.setup import Run, build_run
 
 VOCAB = 1003
@@ -127,7 +127,8 @@ def tiny_prepared(cfg: Config) -> Prepared:
     plan = plan_for(cfg, streams)
     valid = [TokenStream(source.valid_paths, VOCAB) for source in cfg.data.sources]
     ends = SimpleNamespace(eod=0) if cfg.data.reset_attention_mask or cfg.data.eod_mask_loss else None
-    return Prepared(cfg, ends, VOCAB, streams, valid, plan, run_length(cfg, plan))
+    hashes = hashes_of_data(cfg, None)
+    return Prepared(cfg, ends, VOCAB, streams, valid, plan, run_length(cfg, plan), data_hashes=hashes)
 
 
 def tiny_run(mesh: Mesh, cfg: Config) -> Run:

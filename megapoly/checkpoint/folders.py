@@ -11,9 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapoly.checkpoint.small_files import read_small
 from megapoly.data.indexed import sync_directory
 from megapoly.errors import CheckpointError
+from megapoly.files import read_small
 from megapoly.sections import CheckpointConfig
 
 SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")

@@ -201,7 +201,7 @@ class CheckpointReader:
     def tokenizer_path(self) -> Path | None:
         """The tokenizer that was saved with it: a file (SentencePiece), or the folder that has its tokenizer.json."""
         for name in self.contents.files:
-            if name.startswith(("tokenizer", "special_tokens")):
+            if name.startswith(("tokenizer", "special_tokens", "chat_template")):
                 check_beginning(self.folder, name, self.contents.files[name])
         if "tokenizer.model" in self.contents.files:
             return self.folder / "tokenizer.model"
@@ -321,7 +321,7 @@ def load_checkpoint(checkpoint: CheckpointReader, optimizer: ShardedOptimizer, w
 def _first_problem(problem: str, mesh: Mesh) -> str:
     """The first rank's problem, on all ranks; empty where none has one."""
     content = torch.zeros(1, _PROBLEM_BYTES, dtype=torch.uint8)
-    encoded = problem.encode()[:_PROBLEM_BYTES]
+    encoded = problem.encode(errors="backslashreplace")[:_PROBLEM_BYTES]
     content[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     everyone = all_gather(content.to(mesh.device), mesh.world).cpu()
     found = (bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.checkpoint.folders import sync_directory
-from megapoly.checkpoint.small_files import read_small
 from megapoly.checkpoint.storage import write_durably
 from megapoly.errors import CheckpointError
+from megapoly.files import read_small
 
 NAME = "rollbacks.json"
 _MOST_BYTES = 1 << 20

@@ -8,6 +8,8 @@ all are at the same place, before the next save and at the end of the run, and n
 (`wait`). So no order of events can make ranks wait for each other, and a rank that dies leaves a temporary folder.
 """
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -40,6 +42,7 @@ INTERVAL = 0.05  # seconds between two looks at what others have done
 VISIBLE_SECONDS = 120.0  # within which a file that one host wrote is seen by another
 LINGER_SECONDS = 60.0  # how long an error waits for the save under way
 REMINDER_SECONDS = 60.0  # between two lines about a save that the run waits for
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # a tokenizer.json
 
 
 class HostCopy:
@@ -98,15 +101,17 @@ class Saver:
         start: Path | None = None, failures: int = 0,
     ) -> None:  # fmt: skip
         assert cfg.save is not None
-        self.cfg, self.tokenizer, self.start = cfg, tokenizer, start
+        self.cfg, self.start = cfg, start
         self.mesh: Mesh = optimizer.buffers.mesh
         self.roots = roots_of(cfg)
         self.retention = Retention(cfg.most_recent_k, cfg.save_retain_interval, frozenset(cfg.save_steps))
         self.pieces = pieces(optimizer.buffers, training_state(optimizer), for_saving=True)
         self.copy = HostCopy(self.pieces, self.mesh.device) if cfg.async_save else None
         self._news: deque[str] = deque()
+        self._tokenizer_files: dict[str, bytes] = {}
         if self.mesh.is_main:
             self._make_ready()
+            self._tokenizer_files = _files_of(tokenizer)  # type: ignore[arg-type]  # hashable by identity
         self.token = _agreed_token(self.mesh)  # which all ranks have once the main one is ready
         self.failures = failures  # in a row, those of the job's savers before this one included
         self.stall = 0.0  # seconds that the last save kept the step
@@ -279,8 +284,8 @@ class Saver:
     def _complete(self, job: Job) -> int:
         """Put the parts of all ranks together and give the folder its name; returns its size."""
         write_durably(job.temporary / "state.json", job.state)
-        for source, name in _files_of(self.tokenizer):
-            write_durably(job.temporary / name, source.read_bytes())
+        for name, content in self._tokenizer_files.items():
+            write_durably(job.temporary / name, content)
         small = sorted(path for path in job.temporary.iterdir() if not path.name.startswith("shard_"))
         files = {path.name: file_entry(path) for path in small}
         tensors: dict[str, dict[str, Any]] = {}
@@ -327,7 +332,8 @@ class Saver:
 
     def _warn(self, text: str) -> None:
         line = f"warning: rank {self.mesh.world.rank}: {text}\n"
-        print(line, end="", file=sys.stderr, flush=True)  # in one piece: other ranks write to the same place
+        with contextlib.suppress(OSError):  # a log that cannot be written costs no save
+            print(line, end="", file=sys.stderr, flush=True)  # in one piece: other ranks write to the same place
 
 
 class _AbandonedError(Exception):
@@ -345,14 +351,22 @@ def _agreed_token(mesh: Mesh) -> str:
     return f"{int(all_reduce_(torch.tensor([drawn], device=mesh.device), mesh.world)):08x}"
 
 
-def _files_of(tokenizer: Tokenizer | None) -> list[tuple[Path, str]]:
-    """The tokenizer's own files, and their usual names."""
+@functools.cache  # also for the savers after a rollback: the files may be gone or replaced while a run goes on
+def _files_of(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The tokenizer's own files, under their usual names."""
     if tokenizer is None:
-        return []
+        return {}
     path = Path(tokenizer.path)
     if tokenizer.tokenizer_type == "SentencePieceTokenizer":
-        return [(path, "tokenizer.model")]
+        return {"tokenizer.model": _tokenizer_file(path)}
     home = path if path.is_dir() else path.parent
-    extra = [(home / name, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     whole = home / "tokenizer.json" if path.is_dir() else path
-    return [(whole, "tokenizer.json"), *((source, name) for source, name in extra if source.is_file())]
+    extra = [name for name in BESIDE if (home / name).is_file()]
+    return {"tokenizer.json": _tokenizer_file(whole)} | {name: _tokenizer_file(home / name) for name in extra}
+
+
+def _tokenizer_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

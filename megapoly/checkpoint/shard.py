@@ -20,10 +20,9 @@ try:
 except ImportError:  # the same numbers, several times slower
     from zlib import crc32
 
-from megapoly.checkpoint.small_files import unreadable
 from megapoly.checkpoint.state import Piece
-from megapoly.checkpoint.storage import Chunk, TensorRecord
-from megapoly.errors import DamageError
+from megapoly.checkpoint.storage import Chunk, TensorRecord, unreadable
+from megapoly.errors import CheckpointError, DamageError
 
 BLOCK = 1 << 20
 AHEAD = 64 << 20  # bytes that the disk fetches while what lies before them is checked and copied
@@ -88,13 +87,19 @@ class ShardReader:
         self._name = ""
 
     def read(self, name: str, record: TensorRecord, chunk: Chunk, into: Tensor | None = None) -> Tensor:
-        """A chunk of tensor `name`, whole and checked. Raises DamageError.
+        """A chunk of tensor `name`, whole and checked. Raises DamageError, CheckpointError where memory lacks for it.
 
         It is in `into` (of its shape) where that can take its bytes as they are, else it holds until the next call.
         """
         path, target = self.folder / chunk.file, into
         if target is None or target.device.type != "cpu" or not target.is_contiguous() or target.dtype != record.dtype:
-            target = self._room(record.num_bytes(chunk)).view(record.dtype).view(chunk.sizes)
+            size = record.num_bytes(chunk)
+            try:
+                target = self._room(size).view(record.dtype).view(chunk.sizes)
+            except MemoryError:  # a file of holes has any size
+                raise CheckpointError(
+                    f"{path}: '{name}' at {chunk.offsets} has {size:,} bytes, more than this host's memory has room for"
+                ) from None
         try:
             found = self._fill(path, chunk.begin, _bytes_of(target))
         except OSError as error:

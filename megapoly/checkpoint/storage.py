@@ -23,14 +23,15 @@ import numpy as np
 import torch
 
 from megapoly.checkpoint.folders import SHARD
-from megapoly.checkpoint.small_files import read_small, unreadable
 from megapoly.errors import CheckpointError, DamageError
+from megapoly.files import read_small
 
 FORMAT = "megapoly-checkpoint-2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MOST_JSON = 128 << 20  # bytes of metadata.json or state.json: parsed, they may take twenty times as much memory
 MOST_CHUNKS = 1 << 15  # of a tensor: a rank writes up to three of a matrix, and comparing all takes the square
+MOST_DIMENSIONS = 8  # the product of many sizes has as many digits
 _COMPARED = 256
 _BLOCK = 1 << 20
 
@@ -43,6 +44,14 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What it means that a file of a checkpoint cannot be read: damage, unless this user alone may not read it."""
+    text = f"{path}: cannot be read: {error.strerror}"
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"{text}; let this user read it, or start as the one who wrote it")
+    return DamageError(text)
 
 
 def _read_json_bytes(path: Path) -> bytes:
@@ -114,6 +123,8 @@ def tensor_record(entry: Any) -> TensorRecord:
     Raises ValueError.
     """
     shape, dtype = _sizes(entry["shape"]), entry["dtype"]
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions are more than {MOST_DIMENSIONS}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"type {str(dtype)[:40]!r} is not {' or '.join(DTYPES)}")
     if len(entry["chunks"]) > MOST_CHUNKS:
@@ -192,7 +203,10 @@ def read_contents(folder: Path) -> Contents:
     except ValueError as error:
         raise CheckpointError(f"{path}: {where}cannot be: {error}") from None
     for name, record in files.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        try:
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        except OSError as error:
+            raise unreadable(folder / name, error) from None
         if found != record.size:
             held = "missing" if found is None else f"cut off or longer, with a size of {found:,} B"
             raise DamageError(f"{folder / name}: {held}; metadata.json says {record.size:,} B")

@@ -11,9 +11,11 @@ import sentencepiece
 import tokenizers
 
 from megapoly.errors import TokenizerError
+from megapoly.files import read_small
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 EOD_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+MOST_BYTES = 1 << 28  # of a file: real ones have some ten MB
 MOST_HOLES = 64  # ids to an entry of the vocabulary: real ones leave few out
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 PROBE, TRIED_IDS = "probe \U0001f600 1", 2048
@@ -201,7 +203,7 @@ def _load_and_try(content: bytes) -> tokenizers.Tokenizer:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path, MOST_BYTES)
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no such tokenizer file; set tokenizer_model") from None
     except OSError as error:

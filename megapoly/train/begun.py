@@ -35,7 +35,7 @@ def check_not_lost(prepared: Prepared) -> None:
     if prepared.is_resume or not record.is_file():
         return
     path = Path(cfg.logging.run_dir) / "metrics.jsonl"
-    last = max((row["step"] for _, row in rows_of(path)), default=0)
+    last = max((row["step"] for row in rows_of(path)), default=0)
     if last:
         where = record.read_text(encoding="utf-8", errors="replace")[:400].split("\n")[0]
         raise ConfigError(

@@ -16,6 +16,7 @@ from megapoly.config import load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.plan_report import describe
 from megapoly.errors import RESTART_STATUS, ConfigError, exit_on_error
+from megapoly.log import Console
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
 from megapoly.parallel.failure import ending_together
@@ -89,8 +90,7 @@ def parse(argv: Sequence[str], gpu_preset: str, cpu_preset: str) -> Invocation:
     if name is None:
         is_on_gpu = torch.cuda.is_available() and flags.get("distributed_backend") != "gloo"
         name = gpu_preset if is_on_gpu else cpu_preset
-        if local_rank() == 0:
-            print(f"no --config given: {name} ({'on CUDA' if is_on_gpu else 'on the CPU'})", flush=True)
+        Console(local_rank() == 0).say(f"no --config given: {name} ({'on CUDA' if is_on_gpu else 'on the CPU'})")
     return Invocation(name, flags, is_dry_run, replayed)
 
 
@@ -184,4 +184,4 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
         if not is_finished:
             sys.exit(RESTART_STATUS)
 
-    exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0)()
+    exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0, is_logged=True)()

@@ -44,6 +44,7 @@ class Prepared:
     infilling: Infilling | None = None
     changes: tuple[PlanChange, ...] = ()  # of the plan since that checkpoint, for what is to come
     skipped: Mapping[Path, str] = field(default_factory=dict)  # newer checkpoints that are damaged, and how
+    data_hashes: Mapping[str, str] = field(default_factory=dict)  # as the files were at the start; see hashes_of_data
 
     @property
     def takes_full_state(self) -> bool:
@@ -107,11 +108,6 @@ class Prepared:
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""
         return rate_at(self.phases, step)
-
-    @functools.cached_property
-    def data_hashes(self) -> dict[str, str]:
-        """What tells this run's files from others; see hashes_of_data."""
-        return hashes_of_data(self.cfg, self.tokenizer)
 
     def samples_after(self, step: int) -> int:
         """Samples seen after a step that is not before start_step."""
@@ -234,7 +230,7 @@ def with_left_out(plan: Plan, reader: CheckpointReader, roots: Sequence[Path]) -
     return dataclasses.replace(plan, left_out=united(ranges))
 
 
-def _check_start(reader: CheckpointReader, cfg: Config, plan: Plan, tokenizer: Tokenizer | None) -> None:
+def _check_start(reader: CheckpointReader, cfg: Config, plan: Plan, hashes: Mapping[str, str]) -> None:
     """Refuse a checkpoint whose optimizer, data or batches are not this run's: what was must stay as it was."""
     if "exp_avg.final_norm.weight" not in reader.records:
         raise CheckpointError(f"{reader.folder}: holds no optimizer state; load it with --finetune")
@@ -246,7 +242,7 @@ def _check_start(reader: CheckpointReader, cfg: Config, plan: Plan, tokenizer: T
         )
     _check_past(reader, cfg, plan)
     theirs = reader.data_hashes
-    for name, mine in hashes_of_data(cfg, tokenizer).items():
+    for name, mine in hashes.items():
         if theirs.get(name, mine) != mine:
             raise CheckpointError(
                 f"{reader.folder}: {name} is another file now than when this checkpoint was made; "
@@ -326,7 +322,10 @@ def prepare(cfg: Config, world_size: int, has_cuda: bool, writes: bool = True) -
     plan = plan_for(cfg, streams)
     num_samples = run_length(cfg, plan)
     infilling = make_infilling(cfg.data, tokenizer, cfg.train.seed)
-    prepared = Prepared(cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, infilling=infilling)
+    hashes = hashes_of_data(cfg, tokenizer)
+    prepared = Prepared(
+        cfg, tokenizer, vocab_size, streams, valid, plan, num_samples, infilling=infilling, data_hashes=hashes
+    )
     return with_start(prepared, {})
 
 
@@ -348,7 +347,7 @@ def _starting_from(
     prepared = dataclasses.replace(prepared, checkpoint=checkpoint, is_resume=is_resume, skipped=skipped)
     if checkpoint is not None and prepared.takes_full_state:
         plan = with_left_out(prepared.plan, checkpoint, roots_of(cfg.checkpoint) if is_resume else [])
-        _check_start(checkpoint, cfg, plan, prepared.tokenizer)
+        _check_start(checkpoint, cfg, plan, prepared.data_hashes)
         prepared = dataclasses.replace(prepared, plan=plan, changes=tuple(_changes_since(checkpoint, plan)))
     if checkpoint is not None:
         shapes = parameter_shapes(cfg.model, prepared.vocab_size)

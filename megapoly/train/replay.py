@@ -194,7 +194,7 @@ def _size(norm: float) -> float:
 
 def recorded(path: Path, step: int) -> dict[str, Any] | None:
     """A step's row of metrics.jsonl; None where it has none."""
-    found = next((row for _, row in rows_of(path) if row["step"] == step), None)
+    found = next((row for row in rows_of(path) if row["step"] == step), None)
     return None if found is None or "left_out" in found else found
 
 

@@ -8,35 +8,51 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MOST_WAITING = 10_000  # rows, of some KB
+MOST_BYTES = 1 << 24  # of a row
 
 
-def rows_of(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of metrics.jsonl that are rows of a step, and what they say; none where there is no file."""
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the line that was being written when the run was killed, or none of ours
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            yield line, row
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a step in metrics.jsonl, one at a time; none where there is no file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (row for _, row in _lines(file) if row is not None)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Lines with their ends, and what they say where they are rows; a line that is too long for one comes in parts."""
+    is_rest = False
+    while line := file.readline(MOST_BYTES):
+        is_part = len(line) == MOST_BYTES and not line.endswith(b"\n")
+        yield line, None if is_part or is_rest else _row(line)
+        is_rest = is_part
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None  # the line that was being written when the run was killed, or none of ours
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def drop_rows_after(path: Path, step: int) -> int:
     """Remove rows of metrics.jsonl past a step (a run that was stopped after its last checkpoint), and torn ones.
 
-    Returns how many lines were none, but for the last, which may have been cut off by a kill.
+    Returns how many lines were none, but for the last, which may have been cut off by a kill. One row is in memory at a
+    time.
     """
     if not path.exists():
         return 0
-    rows = list(rows_of(path))
-    *lines, last = path.read_bytes().split(b"\n")
-    damaged = sum(map(bool, lines)) - len(rows) + any(line == last for line, _ in rows[-1:])
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(line + b"\n" for line, row in rows if row["step"] <= step))
+    damaged, temporary = 0, path.with_name(path.name + ".tmp")
+    with path.open("rb") as rows, temporary.open("wb") as file:
+        for line, row in _lines(rows):
+            if row is None:
+                damaged += line.endswith(b"\n") and line != b"\n"
+            elif row["step"] <= step:
+                file.write(line.removesuffix(b"\n") + b"\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from ranks import run_ranks
-from tiny_runs import run_to_end, tiny_config, tiny_prepared, whole_state
+from tiny_runs import VOCAB, run_to_end, tiny_config, tiny_prepared, whole_state
+from tokenizers import models
 
 from megapoly.checkpoint.load import CheckpointReader, find_checkpoint, load_checkpoint
 from megapoly.data.realised import without_times
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, DamageError
 from megapoly.generate.sample import load_model
+from megapoly.hf.tokenizer import write_tokenizer
 from megapoly.model.count import parameter_shapes
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
-from megapoly.train.loop import train
+from megapoly.tokenizer.load import load_tokenizer
+from megapoly.train.loop import make_saver
 from megapoly.train.setup import build_run
 
 STEPS = 6
@@ -200,14 +204,43 @@ def test_a_run_made_longer_goes_on_after_its_short_last_batch(tmp_path: Path) ->
     assert [sum(row["tokens_by_source"].values()) for row in after] == [16 * n for n in (8, 8, 3, 8, 5)]
 
 
-def test_a_checkpoint_holds_its_tokenizer(tmp_path: Path) -> None:
+def test_checkpoints_hold_the_tokenizer_that_the_run_began_with(tmp_path: Path) -> None:
     class Tokenizer:
         tokenizer_type, path = "SentencePieceTokenizer", str(tmp_path / "x.model")
 
     Path(Tokenizer.path).write_bytes(b"pieces")
-    cfg = tiny_config(tmp_path, "gpt2", 2, exit_interval=1)
-    run = build_run(dataclasses.replace(tiny_prepared(cfg), tokenizer=Tokenizer()), single_process_mesh())
-    train(run)
+    prepared = dataclasses.replace(tiny_prepared(tiny_config(tmp_path, "gpt2", 4)), tokenizer=Tokenizer())
+    run = build_run(prepared, single_process_mesh())
+    saver = make_saver(run)
     Path(Tokenizer.path).unlink()
-    found = CheckpointReader.open(tmp_path / "run").tokenizer_path
-    assert found is not None and found.read_bytes() == b"pieces"
+    saver.save(1, run.checkpoint_state(1))
+    Path(Tokenizer.path).write_bytes(b"others")
+    saver.save(2, run.checkpoint_state(2))
+    saver.wait()
+    after_a_rollback = make_saver(run)
+    after_a_rollback.save(3, run.checkpoint_state(3))
+    after_a_rollback.wait()
+    for step in (1, 2, 3):
+        found = CheckpointReader.at(tmp_path / f"run/checkpoints/step_0000000{step}").tokenizer_path
+        assert found is not None and found.read_bytes() == b"pieces"
+
+
+def test_a_tokenizers_chat_template_goes_through_a_checkpoint_into_an_export(tmp_path: Path) -> None:
+    home, exported = tmp_path / "tokenizer", tmp_path / "exported"
+    home.mkdir()
+    exported.mkdir()
+    vocabulary = models.WordLevel({"</s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizers.Tokenizer(vocabulary).save(str(home / "tokenizer.json"))
+    (home / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(home))
+    prepared = dataclasses.replace(tiny_prepared(tiny_config(tmp_path, "gpt2", 2)), tokenizer=tokenizer)
+    run = build_run(prepared, single_process_mesh())
+    saver = make_saver(run)
+    saver.save(1, run.checkpoint_state(1))
+    saver.wait()
+    reader = CheckpointReader.open(tmp_path / "run")
+    write_tokenizer(load_tokenizer("HuggingFaceTokenizer", str(reader.tokenizer_path)), exported, VOCAB, 16)
+    assert (exported / "chat_template.jinja").read_text() == "{{ messages }}"
+    (reader.folder / "chat_template.jinja").write_text("{{ damaged  }}"[:14])
+    with pytest.raises(DamageError, match="chat_template.jinja: its checksum does not fit"):
+        _ = reader.tokenizer_path

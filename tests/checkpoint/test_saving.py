@@ -1,6 +1,7 @@
 """A save goes on beside the training, one at a time; what fails is retried, and never costs what is already there."""
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -229,6 +230,17 @@ def test_one_directory_that_is_full_does_not_fail_the_save(
     assert find_checkpoint(tmp_path / "copy").name == "step_00000002"
     assert not (tmp_path / "run/checkpoints/latest").exists()
     assert "warning: rank 0:" in capfd.readouterr().err
+
+
+def test_a_full_disk_under_the_log_as_well_costs_the_other_directory_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, lambda path: "checkpoints" in str(path))
+    cfg = tiny_config(tmp_path, "gpt2", 2, save_copy=str(tmp_path / "copy"), max_save_minutes=0.05)
+    with Path("/dev/full").open("wb", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", io.TextIOWrapper(full, write_through=True))
+        run_to_end(single_process_mesh(), cfg)
+    assert verify(find_checkpoint(tmp_path / "copy")) == []
 
 
 def test_a_run_that_never_saved_is_not_told_of_earlier_checkpoints(

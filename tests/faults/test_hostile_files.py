@@ -140,6 +140,12 @@ def test_many_chunks_do_not_take_the_square_of_their_number_in_memory(home: Path
     assert "metadata.json" in refuses(lambda: read_all(home))
 
 
+def test_the_number_of_dimensions_is_bounded(home: Path) -> None:
+    new = {"dtype": "float32", "shape": [2**47] * 200_000, "chunks": []}  # whose product would take minutes
+    reseal(step_folder(home), lambda tree: tree | {"tensors": tree["tensors"] | {"x": new}})
+    assert "tensor 'x': cannot be: 200000 dimensions are more than 8" in refuses(lambda: read_all(home))
+
+
 def test_fuzzed_metadata_of_a_forger(home: Path) -> None:
     folder = step_folder(home)
     before = (folder / "metadata.json").read_bytes()

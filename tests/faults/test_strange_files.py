@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import refuses
+from hostile import little_memory, refuses
 from tiny_runs import reseal, run_to_end, tiny_config, tiny_prepared
 
 from megapoly.checkpoint.folders import LATEST, find_folders, read_latest
@@ -21,6 +21,7 @@ from megapoly.checkpoint.rollbacks import NAME, read_rollbacks
 from megapoly.checkpoint.storage import FORMAT, read_contents
 from megapoly.errors import CheckpointError, DamageError
 from megapoly.parallel.mesh import single_process_mesh
+from megapoly.tokenizer.load import load_tokenizer
 from megapoly.train.prepare import with_start
 
 TOOL = Path(__file__).parents[2] / "tools/checkpoint.py"
@@ -134,6 +135,29 @@ def test_a_forged_size_of_a_sparse_file_takes_no_memory(root: Path) -> None:
     assert "tokenizer.model: its checksum does not fit" in refuses(lambda: CheckpointReader.at(folder).tokenizer_path)
 
 
+def test_a_chunk_of_holes_beyond_the_memory_is_named(root: Path) -> None:
+    folder, size = root / "step_00000003", 40 * 10**9
+    sparse(folder / "shard_00077.safetensors")
+    tree = json.loads((folder / "metadata.json").read_text())
+    chunk = [[0], [size // 4], "shard_00077.safetensors", 0, 0]
+    record = {"dtype": "float32", "shape": [size // 4], "chunks": [chunk]}
+    files = tree["files"] | {"shard_00077.safetensors": [size, 0, 0]}
+    reseal(folder, {"files": files, "tensors": tree["tensors"] | {"z": record}})
+    with little_memory():
+        (problem,) = verify(folder)
+    assert "shard_00077.safetensors: 'z' at (0,) has 40,000,000,000 bytes, more than this host" in problem
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [pipe, endless, sparse, folder])
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_tokenizers_that_are_no_files_of_a_tokenizer(kind: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    make(path)
+    message = refuses(lambda: load_tokenizer(kind, str(path)))
+    assert message.startswith(f"{path}") and "tokenizer_model" in message
+
+
 # --------------------------------------------------------------------------------------------------------- the tool
 
 
@@ -166,6 +190,33 @@ def test_verify_all_misses_a_folder_that_latest_names(root: Path) -> None:
     shutil.rmtree(root / "step_00000003")
     problems = [verify(Path(entry["folder"])) for entry in listing(root)]
     assert [len(found) for found in problems] == [1, 0, 0] and "step_00000003" in problems[0][0]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "\udc80", "\ud800"])
+def test_names_of_files_that_a_disk_cannot_have_are_damage(name: str, root: Path) -> None:
+    folder = root / "step_00000003"
+    files = json.loads((folder / "metadata.json").read_text())["files"]
+    reseal(folder, {"files": files | {name: [1, 0, 1]}})
+    assert start_of(root)[0] == 2
+    for status, words in ((0, ("list", root)), (2, ("verify", root, "--all"))):
+        found, lines = tool(*words)
+        assert found == status and ["DAMAGED" in line for line in lines] == [True, False, False]
+    if name == "\udc80":  # a byte that is no UTF-8, of a file that is there and has another checksum
+        (folder / name).write_bytes(b"x")
+        assert tool("show", folder)[0] == 0
+        cfg = tiny_config(root.parents[1], "gpt2", 3, num_layers=1)
+        run_to_end(single_process_mesh(), cfg)
+        assert "DAMAGED" not in tool("list", root)[1][0]
+
+
+def test_names_of_tensors_that_are_no_unicode_are_shown(root: Path) -> None:
+    folder = root / "step_00000003"
+    tree = json.loads((folder / "metadata.json").read_text())
+    _, _, begin = tree["files"]["shard_00000.safetensors"]
+    empty = {"dtype": "float32", "shape": [0], "chunks": [[[0], [0], "shard_00000.safetensors", begin, 0]]}
+    reseal(folder, {"tensors": tree["tensors"] | {"\ud800x": empty}})
+    status, lines = tool("show", folder)
+    assert status == 0 and r"  \ud800x  (0,) float32, 1 chunks" in lines
 
 
 @pytest.mark.parametrize("layout", [3, None, [], {"tp": []}])

@@ -43,5 +43,5 @@ def test_a_run_begun_anew_has_saved_nothing_until_it_saves(tmp_path: Path) -> No
         patch.setattr("megapoly.train.loop.Saver.finish", lambda *_: (_ for _ in ()).throw(InterruptedError()))
         patch.setattr("megapoly.train.loop.Saver.save", lambda *_: None)
         run_to_end(single_process_mesh(), cfg)
-    assert [row["step"] for _, row in rows_of(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_of(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
     check_not_lost(with_start(tiny_prepared(cfg), {}))

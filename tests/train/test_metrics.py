@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from megapoly.errors import ConfigError
 from megapoly.model.count import flops_per_token
 from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
+from megapoly.train import rows as module
 from megapoly.train.loop import train
 from megapoly.train.metrics import Metrics, mean
 from megapoly.train.rows import RowFile, drop_rows_after, finite, rows_of
@@ -111,6 +113,22 @@ def test_a_resume_drops_later_and_torn_rows(tmp_path: Path) -> None:
     assert drop_rows_after(path, 3) == 1
 
 
+def test_a_resume_holds_one_row_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [f'{{"step": {i}, "text": "{i:x>5000}"}}\n' for i in range(1000)]
+    path.write_text("".join(rows))
+    tracemalloc.start()
+    assert drop_rows_after(path, 989) == 0
+    assert sum(1 for _ in rows_of(path)) == 990
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.read_text() == "".join(rows[:990]) and peak < 500_000
+    monkeypatch.setattr(module, "MOST_BYTES", 22)
+    path.write_text('{"step": 1}\n' + "x" * 22 + '{"step": 2}\n{"step":          3}\n' + "[" * 70 + "\n")
+    assert drop_rows_after(path, 3) == 2  # what is longer than any row, or the rest of it, is none
+    assert path.read_text() == '{"step": 1}\n{"step":          3}\n'
+
+
 def test_rows_that_a_full_disk_does_not_take_follow_whole_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
@@ -126,7 +144,7 @@ def test_rows_that_a_full_disk_does_not_take_follow_whole_and_in_order(tmp_path:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     file.write([{"step": 5}])
-    assert [row["step"] for _, row in rows_of(path)] == [1, 2, 3, 4, 5] and file.num_waiting == 0
+    assert [row["step"] for row in rows_of(path)] == [1, 2, 3, 4, 5] and file.num_waiting == 0
     file.close()
 
 
@@ -147,7 +165,7 @@ def test_a_run_goes_on_where_its_records_find_no_room(tmp_path: Path, capfd: pyt
     out = capfd.readouterr().out
     assert out.count("metrics.jsonl cannot be written (No space left on device)") == 1, out
     assert out.count("TensorBoard's files cannot be written") == 1 and "could not be written" not in out
-    assert [row["step"] for _, row in rows_of(Path(run.cfg.logging.run_dir) / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in rows_of(Path(run.cfg.logging.run_dir) / "metrics.jsonl")] == [1, 2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="No space left on device.*make room"):
         patch.setattr(Path, "write_text", Mock(side_effect=full))
         Metrics(run)

@@ -3,18 +3,19 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import run_ranks
 from tiny_runs import VOCAB, tiny_config, tiny_prepared, tiny_run
 
 from megapoly.errors import CheckpointError, ConfigError, Echo
-from megapoly.parallel.mesh import Mesh
+from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train import setup
 from megapoly.train.loop import train
 from megapoly.train.prepare import Prepared, _check_writable, prepare, with_start
-from megapoly.train.setup import check_agreement, only_writer, written_folders
+from megapoly.train.setup import build_run, check_agreement, only_writer, written_folders
 
 
 def train_it(mesh: Mesh, cfg: Config) -> None:
@@ -36,6 +37,18 @@ def test_changed_files_of_the_same_length_are_noticed(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="source ko is another file now"):
         starting_point(cfg)
+
+
+def test_files_that_are_gone_once_a_run_has_begun_keep_it_from_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tokenizer = SimpleNamespace(path=str(tmp_path), eod=0)
+    monkeypatch.setattr("megapoly.train.prepare.resolve_vocab_size", lambda _: (VOCAB, tokenizer))
+    run = build_run(prepare(tiny_config(tmp_path, "gpt2", 2), 1, False), single_process_mesh())
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "ko_text_document.idx").unlink()
+    assert run.checkpoint_state(1)["data"].keys() == {"source en", "source ko", "tokenizer"}
 
 
 def test_a_run_killed_before_its_first_latest_resumes(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
-"""Reading the small files of a checkpoint: none but regular ones, and no more of them than they can have."""
+"""Reading small files whole: none but regular ones, and no more of them than they can have."""
 
 import os
 import stat
 from pathlib import Path
-
-from megapoly.errors import CheckpointError, DamageError
 
 
 def read_small(path: Path, most: int) -> bytes:
@@ -19,11 +17,3 @@ def read_small(path: Path, most: int) -> bytes:
         if found.st_size > most:
             raise OSError(0, f"it has {found.st_size:,} bytes, more than the {most:,} that it can have")
         return file.read(found.st_size)
-
-
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """What it means that a file of a checkpoint cannot be read: damage, unless this user alone may not read it."""
-    text = f"{path}: cannot be read: {error.strerror}"
-    if isinstance(error, PermissionError):
-        return CheckpointError(f"{text}; let this user read it, or start as the one who wrote it")
-    return DamageError(text)
