@@ -168,7 +168,7 @@ def load_config(name_or_path: str, flags: dict[str, Any] | None = None) -> Confi
             if entries is None:
                 continue
             if not isinstance(entries, dict):
-                raise ConfigError(f"{origin}: section '{section}' must hold keys, not {entries!r}")
+                raise ConfigError(f"{origin}: section '{section}' must hold keys, not {repr(entries)[:80]}")
             build(SECTIONS[section], entries, f"{origin}: {section}")  # errors name the layer that is wrong
             merged[section].update(entries)
     for leaf, value in (flags or {}).items():
