@@ -6,6 +6,7 @@ each is also a flag (`megapoly.cli`).
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -41,7 +42,7 @@ def _read_layer(name_or_path: str) -> tuple[dict[str, Any], str]:
     if name_or_path in names:
         origin = f"preset {name_or_path}"
         text = resources.files("megapoly").joinpath(f"presets/{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
+    elif os.path.isfile(name_or_path):  # Path's refuses long names with an OSError
         origin = name_or_path
         try:
             text = Path(name_or_path).read_text(encoding="utf-8")
@@ -186,7 +187,7 @@ def with_source_paths(cfg: Config) -> Config:
     sources = []
     for s in cfg.data.sources:
         valid = str(root / f"{s.name}_valid_text_document")
-        held_out = s.valid_paths or ([valid] if not s.paths and Path(f"{valid}.idx").is_file() else [])
+        held_out = s.valid_paths or ([valid] if not s.paths and os.path.isfile(f"{valid}.idx") else [])
         paths = s.paths or [str(root / f"{s.name}_text_document")]
         sources.append(dataclasses.replace(s, paths=paths, valid_paths=held_out))
     tokenizer = dataclasses.replace(

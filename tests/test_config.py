@@ -29,6 +29,16 @@ def test_yaml_that_cannot_be_meant_is_refused(text: str) -> None:
         parse_yaml(text, "t")
 
 
+def test_names_that_no_file_can_have_are_just_not_there(tmp_path: Path) -> None:
+    name = "a" * 300
+    with pytest.raises(ConfigError, match="neither a file nor a preset"):
+        load_config(name)
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"data: {{sources: [{{name: {name}, language: ko}}]}}")
+    for cfg in (load_config(str(path)), load_config(str(path), {"data_root": name})):
+        assert cfg.data.sources[0].valid_paths == []
+
+
 def test_leaf_names_are_unique() -> None:
     names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
     assert len(names) == len(set(names)) == len(LEAVES)
