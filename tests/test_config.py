@@ -206,6 +206,8 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
         ({"ddp_bucket_size": 0}, 1, ("(0)",)),
         ({"check_weight_hash_across_dp_replicas_interval": -1}, 1, ("(-1)",)),
         ({"lr": -1.0}, 1, ("-1.0",)),
+        ({"max_position_embeddings": 10**13}, 1, ("(10000000000000)", "16,777,216")),
+        ({"kv_channels": 10**12}, 1, ("(1000000000000)", "16,777,216")),
         ({"rotary_percent": 0.1, "position_embedding_type": "rope"}, 1, ("(0.1)", "(32)")),
     ],
 )
