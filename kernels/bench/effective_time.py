@@ -150,7 +150,7 @@ def main() -> int:
         )
     except (AttributeError, OSError, KeyError, ValueError):
         print(
-            "give --stall S and --writing S, or --checkpoint FILE: write it by make bench-checkpoint FLAGS='--json FILE'"
+            "give --stall and --writing, or --checkpoint FILE: written by make bench-checkpoint FLAGS='--json FILE'"
         )
         return NOT_RUNNABLE
     measured: dict[str, Any] = {"parts": {"load": 0.0}}
