@@ -149,9 +149,7 @@ def main() -> int:
             else (options.stall, options.writing)
         )
     except (AttributeError, OSError, KeyError, ValueError):
-        print(
-            "give --stall and --writing, or --checkpoint FILE: written by make bench-checkpoint FLAGS='--json FILE'"
-        )
+        print("give --stall and --writing, or --checkpoint FILE: written by make bench-checkpoint FLAGS='--json FILE'")
         return NOT_RUNNABLE
     measured: dict[str, Any] = {"parts": {"load": 0.0}}
     if options.restart is None:
