@@ -26,7 +26,10 @@ def check_model(m: ModelConfig) -> None:
         seq_length=m.seq_length, init_method_std=m.init_method_std, mup_base_hidden_size=m.mup_base_hidden_size,
         norm_epsilon=m.norm_epsilon, rotary_base=m.rotary_base,
     )  # fmt: skip
-    bounded(2**24, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_size, seq_length=m.seq_length)
+    bounded(
+        2**24, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_size, kv_channels=m.kv_channels,
+        seq_length=m.seq_length, max_position_embeddings=m.max_position_embeddings,
+    )  # fmt: skip
     bounded(2**10, num_layers=m.num_layers)
     bounded(2**16, num_attention_heads=m.num_attention_heads)
     if m.kv_channels is None and m.hidden_size % m.num_attention_heads:

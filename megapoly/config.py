@@ -6,6 +6,7 @@ each is also a flag (`megapoly.cli`).
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -41,7 +42,7 @@ def _read_layer(name_or_path: str) -> tuple[dict[str, Any], str]:
     if name_or_path in names:
         origin = f"preset {name_or_path}"
         text = resources.files("megapoly").joinpath(f"presets/{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
+    elif os.path.isfile(name_or_path):  # Path's refuses long names with an OSError
         origin = name_or_path
         try:
             text = Path(name_or_path).read_text(encoding="utf-8")
@@ -168,7 +169,7 @@ def load_config(name_or_path: str, flags: dict[str, Any] | None = None) -> Confi
             if entries is None:
                 continue
             if not isinstance(entries, dict):
-                raise ConfigError(f"{origin}: section '{section}' must hold keys, not {entries!r}")
+                raise ConfigError(f"{origin}: section '{section}' must hold keys, not {repr(entries)[:80]}")
             build(SECTIONS[section], entries, f"{origin}: {section}")  # errors name the layer that is wrong
             merged[section].update(entries)
     for leaf, value in (flags or {}).items():
@@ -186,7 +187,7 @@ def with_source_paths(cfg: Config) -> Config:
     sources = []
     for s in cfg.data.sources:
         valid = str(root / f"{s.name}_valid_text_document")
-        held_out = s.valid_paths or ([valid] if not s.paths and Path(f"{valid}.idx").is_file() else [])
+        held_out = s.valid_paths or ([valid] if not s.paths and os.path.isfile(f"{valid}.idx") else [])
         paths = s.paths or [str(root / f"{s.name}_text_document")]
         sources.append(dataclasses.replace(s, paths=paths, valid_paths=held_out))
     tokenizer = dataclasses.replace(

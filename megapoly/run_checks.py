@@ -81,6 +81,11 @@ def check_rates(s: ScheduleConfig) -> None:
         raise ConfigError(f"min_lr ({s.min_lr}) must not exceed lr ({s.lr})")
 
 
+def wsd_decay_steps(s: ScheduleConfig, total_steps: int) -> int:
+    """Steps of WSD's final decay: as configured, else a tenth of lr_decay_iters, at least one."""
+    return s.lr_wsd_decay_iters or max((s.lr_decay_iters or total_steps) // 10, 1)
+
+
 def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
     """Refuse phases of the learning rate that overlap; total_steps is the run's last step."""
     if s.lr_warmup_init > s.lr:
@@ -88,8 +93,8 @@ def check_schedule(s: ScheduleConfig, total_steps: int) -> None:
     decays = s.lr_decay_style not in ("constant", "inverse-square-root")
     if decays and s.lr_decay_iters is not None and s.lr_decay_iters <= s.lr_warmup_iters:
         raise ConfigError(f"lr_decay_iters ({s.lr_decay_iters}) must exceed lr_warmup_iters ({s.lr_warmup_iters})")
-    last, stretch = s.lr_decay_iters or total_steps, s.lr_wsd_decay_iters
-    if s.lr_decay_style == "WSD" and stretch and s.lr_warmup_iters < last < s.lr_warmup_iters + stretch:
+    last, stretch = s.lr_decay_iters or total_steps, wsd_decay_steps(s, total_steps)
+    if s.lr_decay_style == "WSD" and s.lr_warmup_iters < last < s.lr_warmup_iters + stretch:
         where = "lr_decay_iters" if s.lr_decay_iters else "the run's steps"
         raise ConfigError(
             f"lr_wsd_decay_iters ({stretch}) + lr_warmup_iters ({s.lr_warmup_iters}) must not exceed {where} ({last}); "

@@ -18,7 +18,7 @@ class ModelConfig:
 
     num_layers: int = option(4, "transformer blocks")
     hidden_size: int = option(256, "width of the residual stream")
-    ffn_hidden_size: int | None = option(None, "inner width of the MLP (default 4 x hidden_size)")
+    ffn_hidden_size: int | None = option(None, "inner width of the MLP (default 4 x hidden_size, with swiglu too)")
     num_attention_heads: int = option(8, "query heads")
     num_query_groups: int | None = option(None, "key/value heads (default: as many as query heads)")
     kv_channels: int | None = option(None, "width of a head (default hidden_size / num_attention_heads)")

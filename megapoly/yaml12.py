@@ -1,11 +1,15 @@
 """YAML with the scalars of YAML 1.2: `no` is a string and `638e9` a number; plain data alone, keys once."""
 
+import itertools
+import math
 import re
 from typing import Any
 
 import yaml
 
 from megapoly.errors import ConfigError
+
+MOST_CHARACTERS = 10**7  # with aliases written out; 300 stages of 100 sources each have less than a tenth
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -55,12 +59,31 @@ _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Yaml12Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """About how many characters a node has with its aliases written out; infinite where it stands in itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        if isinstance(node, yaml.ScalarNode):
+            size: float = len(node.value)
+        else:
+            parts = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            size = sum(_written_out(part, known) for part in parts)
+        known[id(node)] = size + 2
+    return known[id(node)]
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """Read YAML with YAML 1.2 scalars; `origin` names the file in errors."""
     try:
         # A SafeLoader: no tag can construct anything but plain data.
-        return _Yaml12Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = _Yaml12Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > MOST_CHARACTERS:
+            raise ValueError(f"with its aliases written out it has more than {MOST_CHARACTERS:,} characters; use fewer")
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}, line {mark.line + 1}" if mark else origin
         problem = " ".join(str(getattr(error, "problem", None) or error).split())

@@ -29,6 +29,16 @@ def test_yaml_that_cannot_be_meant_is_refused(text: str) -> None:
         parse_yaml(text, "t")
 
 
+def test_names_that_no_file_can_have_are_just_not_there(tmp_path: Path) -> None:
+    name = "a" * 300
+    with pytest.raises(ConfigError, match="neither a file nor a preset"):
+        load_config(name)
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"data: {{sources: [{{name: {name}, language: ko}}]}}")
+    for cfg in (load_config(str(path)), load_config(str(path), {"data_root": name})):
+        assert cfg.data.sources[0].valid_paths == []
+
+
 def test_leaf_names_are_unique() -> None:
     names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
     assert len(names) == len(set(names)) == len(LEAVES)
@@ -196,6 +206,8 @@ def test_presets_are_complete_and_fit_eight_ranks(name: str) -> None:
         ({"ddp_bucket_size": 0}, 1, ("(0)",)),
         ({"check_weight_hash_across_dp_replicas_interval": -1}, 1, ("(-1)",)),
         ({"lr": -1.0}, 1, ("-1.0",)),
+        ({"max_position_embeddings": 10**13}, 1, ("(10000000000000)", "16,777,216")),
+        ({"kv_channels": 10**12}, 1, ("(1000000000000)", "16,777,216")),
         ({"rotary_percent": 0.1, "position_embedding_type": "rope"}, 1, ("(0.1)", "(32)")),
     ],
 )

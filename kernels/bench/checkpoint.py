@@ -16,8 +16,10 @@ In saves and loads plain writers and readers go first in every other round.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import queue
 import shutil
 import statistics
 import sys
@@ -270,10 +272,24 @@ def main() -> int:
         ]
         for process in ranks:
             process.start()
-        told = [answers.get(timeout=3600) for _ in ranks]
+        told = answers_of(ranks, answers)
         for process in ranks:
             process.join()
     return report(options, sorted(told, key=lambda one: one[0]))
+
+
+def answers_of(ranks: list[Any], answers: Any, seconds: float = 1.0) -> list[Any]:
+    """What each rank tells; SystemExit with one line as soon as a rank has ended otherwise, looked for so often."""
+    told: list[Any] = []
+    while len(told) < len(ranks):
+        dead = [rank for rank, process in enumerate(ranks) if process.exitcode]
+        if dead:
+            for process in ranks:
+                process.kill()
+            raise SystemExit(f"rank {dead[0]} ended with status {ranks[dead[0]].exitcode}: nothing was measured")
+        with contextlib.suppress(queue.Empty):
+            told.append(answers.get(timeout=seconds))
+    return told
 
 
 def report(options: argparse.Namespace, told: list[Any]) -> int:
@@ -284,7 +300,8 @@ def report(options: argparse.Namespace, told: list[Any]) -> int:
     print(f"  training step                 {max(figures['step']):8.3f} s")
     for name in ("async", "sync", "torch.save", "dcp.async_save"):
         print(f"  stall of {name:<20} {max(figures[f'stall {name}']):8.3f} s")
-    print(f"  step beside a save over alone {max(figures['beside']):8.2f}")
+    if "beside" in figures:  # no step fell beside a save that was written before the next one began
+        print(f"  step beside a save over alone {max(figures['beside']):8.2f}")
     print(f"  bytes written over state      {written / state:8.4f}")
     for name in ("save", "load"):
         rate, share = sum(figures[name]), min(figures[f"{name} share"])

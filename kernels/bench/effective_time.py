@@ -1,7 +1,8 @@
 """What share of its time a job trains, by a model: python kernels/bench/effective_time.py --checkpoint FILE
 
     --checkpoint FILE   what saves cost here: written by kernels/bench/checkpoint.py --json FILE
-    --stall S           .. or seconds that a save keeps the step
+    --stall S           .. or seconds that a save keeps the step, and
+    --writing S         seconds that it takes to be written
     --restart S         seconds from a failure to the next step; default: measured here (restart.py), the median of
                         --rounds SIGKILLs to a rank of a `torchrun` job
 
@@ -113,7 +114,8 @@ def parsed() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="results of checkpoint.py")
-    parser.add_argument("--stall", type=float)
+    parser.add_argument("--stall", type=float, help="above 0; needs --writing")
+    parser.add_argument("--writing", type=float)
     parser.add_argument("--restart", type=float)
     parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--failures", type=float, default=6.5, help="per 1000 nodes and day")
@@ -128,6 +130,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="one restart of a tiny model: whether it runs")
     options = parser.parse_args()
+    if (options.stall is None) != (options.writing is None):
+        parser.error("--stall and --writing go together")
+    if options.stall is not None and not (0 < options.stall < math.inf and 0 <= options.writing < math.inf):
+        parser.error("--stall must be above 0, --writing at least 0, both finite")
     if options.smoke:
         options.hidden, options.layers, options.rounds = 64, 1, 1
     return options
@@ -138,10 +144,12 @@ def main() -> int:
     options = parsed()
     try:
         stall, writing = (
-            (options.stall, 0.0) if options.stall else costs_of_saves(json.loads(options.checkpoint.read_text()))
+            costs_of_saves(json.loads(options.checkpoint.read_text()))
+            if options.stall is None
+            else (options.stall, options.writing)
         )
     except (AttributeError, OSError, KeyError, ValueError):
-        print("give --stall SECONDS, or --checkpoint FILE: write it by make bench-checkpoint FLAGS='--json FILE'")
+        print("give --stall and --writing, or --checkpoint FILE: written by make bench-checkpoint FLAGS='--json FILE'")
         return NOT_RUNNABLE
     measured: dict[str, Any] = {"parts": {"load": 0.0}}
     if options.restart is None:

@@ -1,5 +1,7 @@
 """Text from a checkpoint, on one process."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ def load_model(reader: CheckpointReader, device: torch.device | str = "cpu") -> 
     stage = Stage(0, m.num_layers, has_embedding=True, has_head=True)
     place = Placement(Axis("tp"), sequence_parallel=False, dtype=reader.dtype, device=torch.device(device))
     backends = choose_backends(PrecisionConfig(), place.device)
-    model = Transformer(reader.config, reader.vocab_size, stage, place, backends)
+    cfg = replace(reader.config, train=replace(reader.config.train, torch_compile=False))  # each length would compile
+    model = Transformer(cfg, reader.vocab_size, stage, place, backends)
     for name, parameter, (shard,) in sharded_parameters(model):
         parameter.zero_()
         shard.held(parameter).copy_(reader.get(name))

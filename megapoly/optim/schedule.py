@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megapoly.errors import ConfigError
-from megapoly.run_checks import check_rates, check_schedule
+from megapoly.run_checks import check_rates, check_schedule, wsd_decay_steps
 from megapoly.sections import ScheduleConfig
 
 # From the part of a decay that is done, in (0, 1], to the part of the way from min_lr to lr that is left. Cosine:
@@ -44,11 +44,6 @@ def learning_rate(cfg: ScheduleConfig, step: int, total_steps: int) -> float:
         if step <= start:
             return cfg.lr
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * SHAPES[shape]((step - start) / (last - start))
-
-
-def wsd_decay_steps(cfg: ScheduleConfig, total_steps: int) -> int:
-    """Steps of WSD's final decay: as configured, else a tenth of lr_decay_iters, at least one."""
-    return cfg.lr_wsd_decay_iters or max((cfg.lr_decay_iters or total_steps) // 10, 1)
 
 
 # ------------------------------------------------------------------------------------------------ by stages

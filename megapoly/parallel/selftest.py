@@ -127,12 +127,21 @@ def check_space(_: Mesh, folder: Path, megabytes: int) -> Finding:
     return Finding(free / 1e9, f"GB free in {folder}", "too little" if free < 100 * megabytes * 2**20 else "")
 
 
+def host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
+    """Bytes of the host's memory that a program can have, the page cache included, and of all of it."""
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024, int(lines["MemTotal"].split()[0]) * 1024
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+
 def check_memory(mesh: Mesh, _: Path, __: int) -> Finding:
     """Nobody else holds the device's memory; without a GPU, the host has some left."""
     if mesh.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(mesh.device)
     else:
-        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+        free, total = host_memory()
     least = total * 0.9 if mesh.device.type == "cuda" else 2**28
     problem = f"of {total / 1e9:.3g} GB: another process holds the rest" if free < least else ""
     return Finding(

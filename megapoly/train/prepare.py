@@ -298,7 +298,10 @@ def _check_past(reader: CheckpointReader, cfg: Config, plan: Plan) -> None:
 def _check_writable(folder: str) -> None:
     """Refuse a directory that this process could not write into, before hours of training find out."""
     path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written: {existing} is no writable directory; give another place")
 

@@ -210,6 +210,7 @@ def test_rows_of_metrics_that_are_none_are_dropped(content: bytes, tmp_path: Pat
         "model: {{num_layers: 999999999999999999999999999999}}",
         "model: {{hidden_size: 0x" + "f" * 20_000 + "}}",
         "\0",
+        *("model: !!bool maybe", "model: !!float ''", "model: !!timestamp x"),
     ],
 )
 def test_a_hostile_configuration_gives_one_line(text: str, mark: Path, tmp_path: Path) -> None:
@@ -218,11 +219,17 @@ def test_a_hostile_configuration_gives_one_line(text: str, mark: Path, tmp_path:
     assert refuses(lambda: check(load_config(str(path), {}), 1)) != ""
 
 
-def test_aliases_of_aliases_take_no_memory(tmp_path: Path) -> None:
-    lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
-    (tmp_path / "c.yaml").write_text("\n".join([*lines, "data: {sources: *l11}"]))
-    assert refuses(lambda: check(load_config(str(tmp_path / "c.yaml"), {}), 1)) != ""
+DEEP_ALIASES = ", ".join(["&l0 [x, x]", *(f"&l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))])
+MERGED = "\n".join(
+    ["x0: &x0 {a: 1}", *(f"x{i}: &x{i} {{<<: [{', '.join([f'*x{i - 1}'] * 9)}]}}" for i in range(1, 12))]
+)
+
+
+@pytest.mark.parametrize("text", [f"logging: {{run_dir: [{DEEP_ALIASES}]}}", f"model: [{DEEP_ALIASES}]", MERGED,
+                                  "logging: {run_dir: &a [*a]}", "logging: &a {run_dir: *a}"])  # fmt: skip
+def test_aliases_of_aliases_take_no_memory(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert "with its aliases" in refuses(lambda: check(load_config(str(tmp_path / "c.yaml"), {}), 1))
 
 
 def test_fuzzed_configurations(tmp_path: Path) -> None:

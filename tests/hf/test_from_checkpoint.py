@@ -12,7 +12,7 @@ from tiny_runs import tiny_config, tiny_prepared
 
 from megapoly.checkpoint.load import CheckpointReader
 from megapoly.generate.sample import load_model
-from megapoly.parallel.mesh import Mesh
+from megapoly.parallel.mesh import Mesh, single_process_mesh
 from megapoly.sections import Config
 from megapoly.train.loop import train
 from megapoly.train.setup import build_run
@@ -43,6 +43,16 @@ def train_and_save(mesh: Mesh, cfg: Config) -> None:
                 segment.parameter.add_(0.3 * torch.randn(segment.parameter.shape, generator=generator))
                 generator.manual_seed(len(segment.name))
     train(run)
+
+
+def test_text_from_a_run_that_compiled_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny_config(tmp_path, "gpt2", 2)
+    train_and_save(single_process_mesh(), cfg)
+    compiled = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, torch_compile=True))
+    monkeypatch.setattr(CheckpointReader, "config", compiled)
+    reader = CheckpointReader.open(cfg.logging.run_dir)
+    monkeypatch.delattr(torch, "compile")
+    assert load_model(reader)(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES)

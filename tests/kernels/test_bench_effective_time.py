@@ -78,7 +78,7 @@ def run(*flags: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_real_restart_is_measured_by_parts(tmp_path: Path) -> None:
-    found = run("--smoke", "--stall", 0.1, "--json", tmp_path / "r.json")
+    found = run("--smoke", "--stall", 0.1, "--writing", 2, "--json", tmp_path / "r.json")
     assert found.returncode == 0, found.stdout + found.stderr
     results = json.loads((tmp_path / "r.json").read_text())
     told = results["restart"]
@@ -87,6 +87,18 @@ def test_a_real_restart_is_measured_by_parts(tmp_path: Path) -> None:
     assert told["loaded"] > 10**6
     assert [row["nodes"] for row in results["estimates"]["measured on this host"]] == [16, 64, 128]
     assert found.stdout.count("effective") == 3 and found.stdout.count("assumed: ") == 2
+
+
+def test_a_given_stall_comes_with_the_time_of_writing() -> None:
+    for flags in (
+        ("--stall", 0.1),
+        ("--writing", 2),
+        ("--stall", 0, "--writing", 2),
+        ("--stall", 0.1, "--writing", -1),
+    ):
+        found = run(*flags, "--restart", 9)
+        assert (found.returncode, "--writing" in found.stderr.splitlines()[-1], found.stdout) == (2, True, "")
+    assert "stall 0.10 s, written in 2.0 s" in run("--stall", 0.1, "--writing", 2, "--restart", 9).stdout
 
 
 @pytest.mark.parametrize("flags", [(), ("--checkpoint", "nowhere.json"), ("--checkpoint", "LICENSE")])

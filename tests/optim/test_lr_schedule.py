@@ -79,6 +79,7 @@ def test_a_longer_wsd_run_agrees_with_the_shorter_one_until_its_decay() -> None:
             {"lr_decay_style": "WSD", "lr_warmup_iters": 30, "lr_wsd_decay_iters": 71},
             r"lr_wsd_decay_iters \(71\) \+ .* \(30\) must not exceed the run's steps \(100\); at most 70",
         ),
+        ({"lr_decay_style": "WSD", "lr_warmup_iters": 95}, r"lr_wsd_decay_iters \(10\) .* at most 5 steps of decay"),
         ({"lr_decay_style": "WSD", "lr_decay_iters": 9, "lr_wsd_decay_iters": 10}, r"lr_decay_iters \(9\); at most 9"),
     ],
 )

@@ -27,6 +27,14 @@ def test_two_sound_ranks_find_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_page_cache_is_nobodys_memory(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nMemFree: 7 kB\nMemAvailable: 3000 kB\nHugePages_Total: 0\n")
+    assert selftest.host_memory(meminfo) == (3000 * 1024, 4000 * 1024)
+    elsewhere, here = selftest.host_memory(tmp_path / "none"), selftest.host_memory()
+    assert elsewhere[1] == here[1] and 0 < elsewhere[0] < here[1]
+
+
 def wrong_sum(mesh: Mesh, folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         real = selftest.all_reduce_

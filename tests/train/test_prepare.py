@@ -99,6 +99,8 @@ def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> No
     for place in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(ConfigError, match="no writable directory"):
             _check_writable(str(place))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        _check_writable(str(tmp_path / ("a" * 300)))
     _check_writable(str(tmp_path / "new/deeper"))
 
 
