@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_STATUS = 2
 FAILURE_STATUS = 1
@@ -85,6 +86,15 @@ def _flush(is_logged: bool) -> None:
             if not is_logged:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def end_now(status: int) -> NoReturn:
+    """End with all that was printed but without Python's own way out, on which threads of torch's C++ may abort.
+
+    They then wake in an interpreter that is gone, and the status is that of an abort, though all was done.
+    """
+    _flush(is_logged=True)
+    os._exit(status)
 
 
 def _tell(line: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import os, signal, sys
-from megapoly.errors import ConfigError, Echo, exit_on_error
+from megapoly.errors import ConfigError, end_now, exit_on_error
 def main():
     print("begins")
     {body}
@@ -24,6 +24,7 @@ LOGGED = PROGRAM.replace("(main)()", "(main, is_logged=True)()").replace("print(
     [
         ("pass", 0, ""),
         ("sys.exit(3)", 3, ""),
+        ("import atexit; atexit.register(os.abort); end_now(75)", 75, ""),
         (r"raise ConfigError('a.yaml: lr is\n  -1')", 2, "error: a.yaml: lr is -1\n"),
         ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "interrupted\n"),
     ],

@@ -15,7 +15,7 @@ from megapoly.cli import help_text, parse_flags, refuse_unknown
 from megapoly.config import load_config, preset_names
 from megapoly.data.corpus import prepare_corpus
 from megapoly.data.plan_report import describe
-from megapoly.errors import RESTART_STATUS, ConfigError, exit_on_error
+from megapoly.errors import RESTART_STATUS, ConfigError, end_now, exit_on_error
 from megapoly.log import Console
 from megapoly.model.backends import choose_backends
 from megapoly.model.count import flops_per_token, num_parameters
@@ -181,7 +181,6 @@ def main(gpu_preset: str, cpu_preset: str, corpus: Path, argv: Sequence[str] | N
             else:
                 is_finished = run_again(build_run(prepared, mesh, progress), asked.replayed)
         leave(mesh)
-        if not is_finished:
-            sys.exit(RESTART_STATUS)
+        end_now(0 if is_finished else RESTART_STATUS)
 
     exit_on_error(run_it, speaks=lambda: is_joined or local_rank() == 0, is_logged=True)()
