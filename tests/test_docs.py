@@ -33,10 +33,8 @@ def known_flags() -> set[str]:
 
 def tracked() -> set[str]:
     """Files of the project and their folders, relative to its root."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    return {str(parent) for name in listed if name for parent in [Path(name), *Path(name).parents]}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {str(parent) for name in listed.splitlines() for parent in [Path(name), *Path(name).parents]}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

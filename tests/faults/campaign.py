@@ -24,8 +24,9 @@ IN_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 def table(outcomes: list[dict[str, Any]]) -> str:
     """The report in Markdown: a row a kind of fault, and one for all."""
-    head = ["fault", "trials", "restarts", "commands anew", "most steps lost", "damaged", "detected", "failed"]
-    head.append("where it struck")
+    head = "fault, trials, restarts, commands anew, most steps lost, damaged, detected, failed, where it struck".split(
+        ", "
+    )
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     done = [outcome for outcome in outcomes if outcome["moment"] != "missed"]
     for kind in [*KINDS, "all"]:
