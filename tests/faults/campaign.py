@@ -24,10 +24,8 @@ IN_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 def table(outcomes: list[dict[str, Any]]) -> str:
     """The report in Markdown: a row a kind of fault, and one for all."""
-    head = "fault, trials, restarts, commands anew, most steps lost, damaged, detected, failed, where it struck".split(
-        ", "
-    )
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = "fault | trials | restarts | commands anew | most steps lost | damaged | detected | failed | where it struck"
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     done = [outcome for outcome in outcomes if outcome["moment"] != "missed"]
     for kind in [*KINDS, "all"]:
         rows = [outcome for outcome in done if kind in ("all", outcome["kind"])]
